@@ -141,7 +141,7 @@ class ESA(nn.Module):
 
 
 class CC(nn.Module):
-    """Channel calibration: `x (sigma(m(GAP x)) + sigma(m(STD x))) / 2`, one bottleneck m for both."""
+    """Channel calibration: `x (sigma(m(GAP x)) + sigma(m(STD x))) / 2`, one bottleneck m."""
 
     def __init__(self, channels: int):
         super().__init__()

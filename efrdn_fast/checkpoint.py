@@ -1,6 +1,6 @@
-"""Checkpoints: safetensors whose metadata holds the constructor's arguments and training record.
+"""Checkpoints: safetensors with the constructor's arguments and training record as metadata.
 
-`.pth` files are read with `weights_only=True` only, and unwrapped (`params_ema`, `state_dict`, ...).
+`.pth` files are read with `weights_only=True` only, and unwrapped (`params_ema`, `module.`, ...).
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
     if name in SHIPPED:
         path = Path(__file__).parent / "weights" / f"efrdn_{name}.safetensors"
         if not path.is_file():
-            have = sorted(p.stem.removeprefix("efrdn_") for p in path.parent.glob("efrdn_x?.safetensors"))
+            have = sorted(
+                p.stem.removeprefix("efrdn_") for p in path.parent.glob("efrdn_x?.safetensors")
+            )
             raise FileNotFoundError(
                 f"no weights are shipped for {name} (shipped: {', '.join(have) or 'none'}); "
                 "train them with `efrdn train` or give a checkpoint file"
@@ -54,7 +56,9 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
         return path
     path = Path(name)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {name!r} does not exist (names: x2, x3, x4, or a file)")
+        raise FileNotFoundError(
+            f"checkpoint {name!r} does not exist (names: x2, x3, x4, or a file)"
+        )
     return path
 
 
@@ -72,7 +76,8 @@ def load(name_or_path: str | os.PathLike) -> Checkpoint:
         state, metadata = _read_pickle(path), {}
     if metadata.get("format_version", "1") != str(FORMAT_VERSION):
         raise ValueError(
-            f"{path}: checkpoint format {metadata['format_version']}, this version reads {FORMAT_VERSION}"
+            f"{path}: checkpoint format {metadata['format_version']}, "
+            f"this version reads {FORMAT_VERSION}"
         )
     state = _plain_keys(state)
     try:
@@ -85,8 +90,10 @@ def load(name_or_path: str | os.PathLike) -> Checkpoint:
 
 
 def save(net: nn.Module, path: str | os.PathLike, training: dict | None = None) -> Path:
-    """Write `net.state_dict()` as float32 safetensors with config and training record, atomically."""
-    state = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in net.state_dict().items()}
+    """Write `net.state_dict()` as float32 safetensors with config and record, atomically."""
+    state = {
+        k: v.detach().to("cpu", torch.float32).contiguous() for k, v in net.state_dict().items()
+    }
     metadata = {
         "format": "efrdn_fast",
         "format_version": str(FORMAT_VERSION),
@@ -127,7 +134,11 @@ def load_into(net: nn.Module, state_dict: dict[str, Tensor], source: str = "chec
         if own[key].shape != state_dict[key].shape
     ]
     problems = []
-    for title, rows in (("missing", missing), ("unexpected", unexpected), ("shapes", sorted(shapes))):
+    for title, rows in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("shapes", sorted(shapes)),
+    ):
         if rows:
             more = f", and {len(rows) - 5} more" if len(rows) > 5 else ""
             problems.append(f"{title}: {', '.join(rows[:5])}{more}")
@@ -180,7 +191,9 @@ def _plain_keys(state: object) -> dict[str, Tensor]:
             break
         state = state[wrapper]
     if not isinstance(state, dict) or not state:
-        raise ValueError(f"no weights found: expected a dictionary of tensors, got {type(state).__name__}")
+        raise ValueError(
+            f"no weights found: expected a dictionary of tensors, got {type(state).__name__}"
+        )
     plain = {}
     for key, value in state.items():
         name = str(key)

@@ -34,7 +34,9 @@ def _check_count(name: str, value: object, least: int) -> None:
 
 def _check_choice(name: str, value: object, choices: tuple) -> None:
     if value not in choices:
-        raise ValueError(f"EFRDN: {name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+        raise ValueError(
+            f"EFRDN: {name} must be one of {', '.join(map(str, choices))}; got {value!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class EFRDNConfig:
     distilled: int = 9
     """Channels split off for ACRB in every step of ACDM, int(0.3 C) in the paper."""
     segments: int = 4
-    """Attention segments of ceil(N / segments) tokens each; ignored when `segment_tokens` is set."""
+    """Attention segments of ceil(N / segments) tokens; ignored with `segment_tokens`."""
     segment_tokens: int | None = None
     """Fixed length of a segment in tokens; cost then grows linearly with the image."""
     fold: str = "mean"
@@ -74,7 +76,12 @@ class EFRDNConfig:
         _check_choice("fold", self.fold, FOLDS)
         _check_choice("module", self.module, MODULES)
         _check_choice("ablation", self.ablation, ABLATIONS)
-        inside_acdm = self.ablation not in ("full", "no_cnn_dense", "no_transformer_dense", "no_dense")
+        inside_acdm = self.ablation not in (
+            "full",
+            "no_cnn_dense",
+            "no_transformer_dense",
+            "no_dense",
+        )
         if self.module != "acdm" and inside_acdm:
             raise ValueError(
                 f"EFRDN: ablation {self.ablation!r} changes ACDM, but module is {self.module!r}"

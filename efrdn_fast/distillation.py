@@ -61,7 +61,7 @@ class IMDB(nn.Module):
 
 
 class RFDB(nn.Module):
-    """Residual feature distillation block: 1x1 distillation beside shallow residual convolutions."""
+    """Residual feature distillation block: 1x1 distillation beside residual convolutions."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -1,0 +1,68 @@
+"""`efrdn train`: the paper's recipe by default, every option of `TrainOptions` as a flag."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "train EFRDN on a folder of images"
+
+
+def _add_fields(parser: argparse.ArgumentParser, record: type, title: str) -> None:
+    import ast
+    import dataclasses
+    import inspect
+    import itertools
+    import textwrap
+
+    # The text under a field of the dataclass is its help.
+    body = ast.parse(textwrap.dedent(inspect.getsource(record))).body[0].body
+    docs = {
+        field.target.id: text.value.value
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+    group = parser.add_argument_group(title)
+    for field in dataclasses.fields(record):
+        flag = "--" + field.name.replace("_", "-")
+        text = f"{docs[field.name]} Default: {field.default}.".replace("%", "%%")
+        if isinstance(field.default, bool):
+            group.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
+        else:
+            kind = {"minutes": float, "cache_dir": str}.get(field.name) or type(field.default)
+            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..options import PRESETS, RunOptions, TrainOptions
+
+    parser.add_argument("data", nargs="+", help="folders of HR images (DIV2K layout or any)")
+    parser.add_argument(
+        "--preset", choices=sorted(PRESETS), default="paper", help="recipe to start from"
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        help='"auto" (continue <out>/state.pt if it is there), "never", or a state.pt',
+    )
+    _add_fields(parser, TrainOptions, "recipe (decides the weights)")
+    _add_fields(parser, RunOptions, "run")
+
+
+def run(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from ..options import PRESETS, RunOptions, TrainOptions
+    from ..train import train
+
+    given = vars(args)
+    chosen = {f.name: given[f.name] for f in dataclasses.fields(TrainOptions) if f.name in given}
+    options = TrainOptions(**{**PRESETS[args.preset], **chosen})
+    run_options = RunOptions(
+        **{f.name: given[f.name] for f in dataclasses.fields(RunOptions) if f.name in given}
+    )
+    resume = None if args.resume == "never" else args.resume
+    path = train(args.data, options, run_options, resume=resume)
+    print(path)
+    return 0

@@ -1,0 +1,240 @@
+"""Training data: HR images decoded once into a memory map, patches as a function of the sample.
+
+A sample is drawn from `(seed, step, index)` alone, so resuming or changing the number of workers
+changes nothing. LR images are whole-image bicubic reductions of the cropped HR, kept beside them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .resize import imresize
+
+__all__ = [
+    "VALIDATION_IMAGES",
+    "ImageCache",
+    "Patches",
+    "build_cache",
+    "find_images",
+    "loader",
+    "split_validation",
+]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+DIV2K_VALIDATION = range(801, 901)
+# Set aside for validation whenever they are among the images (stem with its folder).
+VALIDATION_IMAGES = frozenset(
+    """
+    BSDS500_test/100007 BSDS500_test/107045 BSDS500_test/118031 BSDS500_test/147080
+    BSDS500_test/168084 BSDS500_test/196062 BSDS500_test/2018 BSDS500_test/226043
+    BSDS500_test/249021 BSDS500_test/306051 General100/im_007 General100/im_021
+    General100/im_042 General100/im_064 General100/im_088 photos/005_0 photos/013_0
+    photos/024_0 photos/034_0 photos/048_0
+    """.split()  # noqa: SIM905 - one name per line would fill the page
+)
+_CACHE_VERSION = 1
+
+
+def find_images(folders: Sequence[str | os.PathLike]) -> list[Path]:
+    """All image files below `folders`, sorted by path.
+
+    Raises:
+        FileNotFoundError: A folder does not exist or none holds an image.
+    """
+    found = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"training folder {str(folder)!r} does not exist")
+        found += sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise FileNotFoundError(
+            f"no image ({', '.join(SUFFIXES)}) below {', '.join(map(str, folders))}"
+        )
+    return found
+
+
+def split_validation(images: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Training and validation images: DIV2K 801-900, a fixed list, or else every 20th."""
+
+    def held_out(path: Path) -> bool:
+        in_div2k = "DIV2K" in str(path.parent) and path.stem.isdigit()
+        return (in_div2k and int(path.stem) in DIV2K_VALIDATION) or (
+            f"{path.parent.name}/{path.stem}" in VALIDATION_IMAGES
+        )
+
+    val = [p for p in images if held_out(p)]
+    if not val and len(images) > 1:
+        val = list(images[:: max(2, min(20, len(images) // 2))])[:20]
+    taken = set(val)
+    return [p for p in images if p not in taken], val
+
+
+class ImageCache:
+    """Decoded uint8 RGB images of one cache folder: `hr(i)`, `lr(i)` are views of memory maps."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        index = json.loads((self.folder / "index.json").read_text())
+        self.scale: int = index["scale"]
+        self.images: list[dict] = index["images"]
+        self.skipped: list[dict] = index["skipped"]
+        self._maps: dict[str, np.memmap] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": {}}  # a worker opens its own maps
+
+    def _view(self, kind: str, i: int) -> np.ndarray:
+        if kind not in self._maps:
+            self._maps[kind] = np.memmap(self.folder / f"{kind}.bin", np.uint8, mode="r")
+        entry = self.images[i]
+        h, w = entry["lr_size"]
+        factor = self.scale if kind == "hr" else 1
+        shape = (h * factor, w * factor, 3)
+        start = entry[f"{kind}_offset"]
+        return self._maps[kind][start : start + h * w * factor**2 * 3].reshape(shape)
+
+    def hr(self, i: int) -> np.ndarray:
+        """HR image cropped to multiples of the scale, `[scale h, scale w, 3]`."""
+        return self._view("hr", i)
+
+    def lr(self, i: int) -> np.ndarray:
+        """Its bicubic reduction, `[h, w, 3]`."""
+        return self._view("lr", i)
+
+
+def build_cache(
+    images: Sequence[Path], scale: int, cache_dir: str | os.PathLike, *, strict: bool = False
+) -> ImageCache:
+    """Decode `images` once (later calls reuse the result) and reduce them by `scale`.
+
+    Args:
+        images: HR image files.
+        scale: 2, 3 or 4.
+        cache_dir: Folder that holds all caches; one sub-folder for every set of files and scale.
+        strict: Raise on an unreadable image instead of skipping it with a warning.
+
+    Raises:
+        ValueError: `strict` and an image is unreadable, or no image could be read.
+        OSError: The cache cannot be written (no half-written cache stays).
+    """
+    stamps = [(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in images]
+    key = hashlib.sha256(json.dumps([_CACHE_VERSION, scale, stamps]).encode()).hexdigest()[:16]
+    folder = Path(cache_dir) / f"x{scale}-{key}"
+    if not (folder / "index.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+        try:
+            _decode_all(images, scale, part, strict)
+            if folder.exists():  # another process was faster
+                shutil.rmtree(part)
+            else:
+                part.rename(folder)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    return ImageCache(folder)
+
+
+def _decode_all(images: Sequence[Path], scale: int, folder: Path, strict: bool) -> None:
+    entries, skipped, offsets = [], [], {"hr": 0, "lr": 0}
+    with open(folder / "hr.bin", "wb") as hr_file, open(folder / "lr.bin", "wb") as lr_file:
+        for path in tqdm(images, desc="decoding", unit="image", disable=None):
+            try:
+                with Image.open(path) as image:
+                    hr = np.array(image.convert("RGB"))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                if strict:
+                    raise ValueError(f"training image {path} is unreadable: {error}") from error
+                warnings.warn(f"training image {path} is unreadable and left out: {error}")
+                skipped.append({"path": str(path), "reason": str(error)})
+                continue
+            h, w = hr.shape[0] // scale, hr.shape[1] // scale
+            if min(h, w) < 3:
+                skipped.append({"path": str(path), "reason": f"smaller than {3 * scale} pixels"})
+                continue
+            hr = np.ascontiguousarray(hr[: h * scale, : w * scale])
+            lr = imresize(torch.from_numpy(hr).permute(2, 0, 1), 1 / scale).permute(1, 2, 0).numpy()
+            entries.append(
+                {
+                    "path": str(path),
+                    "lr_size": [h, w],
+                    "hr_offset": offsets["hr"],
+                    "lr_offset": offsets["lr"],
+                    "sha256": hashlib.sha256(hr.tobytes()).hexdigest(),
+                }
+            )
+            hr_file.write(hr.tobytes())
+            lr_file.write(lr.tobytes())
+            offsets["hr"] += hr.size
+            offsets["lr"] += lr.size
+    if not entries:
+        raise ValueError(f"none of {len(images)} training images could be read")
+    index = {"scale": scale, "images": entries, "skipped": skipped}
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+class Patches(Dataset):
+    """LR/HR patch pairs, uint8 `[3, p, p]` and `[3, scale p, scale p]`, flipped and rotated.
+
+    Item n is index `n % batch_size` of step `n // batch_size`. All patch positions of all images
+    are equally likely; one of the eight flips and rotations is applied.
+    """
+
+    def __init__(self, cache: ImageCache, patch_size: int, batch_size: int, seed: int):
+        self.cache, self.patch, self.batch_size, self.seed = cache, patch_size, batch_size, seed
+        sizes = np.array([entry["lr_size"] for entry in cache.images])
+        positions = np.clip(sizes - patch_size + 1, 0, None).prod(axis=1)
+        if not positions.any():
+            raise ValueError(
+                f"no training image is as large as a patch of {patch_size} LR pixels "
+                f"({patch_size * cache.scale} HR pixels)"
+            )
+        self.ends = positions.cumsum()
+
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
+        step, index = divmod(int(n), self.batch_size)
+        rng = np.random.default_rng([self.seed, step, index])
+        position = int(rng.integers(self.ends[-1]))
+        image = int(np.searchsorted(self.ends, position, side="right"))
+        position -= int(self.ends[image - 1]) if image else 0
+        p, s = self.patch, self.cache.scale
+        top, left = divmod(position, self.cache.images[image]["lr_size"][1] - p + 1)
+        lr = self.cache.lr(image)[top : top + p, left : left + p]
+        hr = self.cache.hr(image)[s * top : s * (top + p), s * left : s * (left + p)]
+        turns, mirror = divmod(int(rng.integers(8)), 2)
+        return _augment(lr, turns, mirror), _augment(hr, turns, mirror)
+
+
+def _augment(image: np.ndarray, turns: int, mirror: int) -> Tensor:
+    image = np.rot90(image[:, ::-1] if mirror else image, turns)
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def loader(patches: Patches, first_step: int, last_step: int, workers: int = 0) -> DataLoader:
+    """Batches of the steps `first_step .. last_step - 1`, the same for any number of `workers`."""
+    size = patches.batch_size
+    return DataLoader(
+        patches,
+        batch_size=size,
+        sampler=range(first_step * size, last_step * size),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
+    )
