@@ -1,0 +1,1 @@
+"""One module per sub-command of `efrdn`; none imports torch before its `run` is called."""
