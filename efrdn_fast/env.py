@@ -1,0 +1,77 @@
+"""Every environment variable of the package, parsed with an error that names it.
+
+| variable | values | default |
+|---|---|---|
+| `EFRDN_FAST_BACKEND` | `auto`, `reference`, `triton`, `cuda`, `cpu` | `auto` |
+| `EFRDN_FAST_CACHE_DIR` | folder for builds | `$XDG_CACHE_HOME/efrdn_fast`, `~/.cache/efrdn_fast` |
+| `EFRDN_FAST_VERBOSE_BUILD` | `0`, `1` | `0` |
+| `EFRDN_FAST_DATA` | folder with benchmark and training images | unset |
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+__all__ = ["BACKENDS", "backend", "cache_dir", "data_dir", "verbose_build"]
+
+BACKENDS = ("reference", "triton", "cuda", "cpu")
+
+
+@functools.cache
+def backend() -> str:
+    """EFRDN_FAST_BACKEND, read once per process.
+
+    Raises:
+        ValueError: It names no backend.
+    """
+    value = os.environ.get("EFRDN_FAST_BACKEND") or "auto"
+    if value != "auto" and value not in BACKENDS:
+        raise ValueError(
+            f"EFRDN_FAST_BACKEND must be auto, {', '.join(BACKENDS)} or unset, got {value!r}"
+        )
+    return value
+
+
+def cache_dir() -> Path:
+    """Folder that holds what the JIT build makes; need not exist yet.
+
+    Raises:
+        ValueError: EFRDN_FAST_CACHE_DIR exists and is no folder.
+    """
+    value = os.environ.get("EFRDN_FAST_CACHE_DIR")
+    if value:
+        folder = Path(value).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"EFRDN_FAST_CACHE_DIR must be a folder, got the file {value!r}")
+        return folder
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "efrdn_fast"
+
+
+def verbose_build() -> bool:
+    """EFRDN_FAST_VERBOSE_BUILD: show the compiler's commands and output.
+
+    Raises:
+        ValueError: Neither 0 nor 1.
+    """
+    value = os.environ.get("EFRDN_FAST_VERBOSE_BUILD") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"EFRDN_FAST_VERBOSE_BUILD must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def data_dir() -> Path | None:
+    """EFRDN_FAST_DATA, or None when it is unset.
+
+    Raises:
+        ValueError: It is set and is no folder.
+    """
+    value = os.environ.get("EFRDN_FAST_DATA")
+    if not value:
+        return None
+    folder = Path(value).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"EFRDN_FAST_DATA must be an existing folder, got {value!r}")
+    return folder

@@ -1,0 +1,68 @@
+"""Fixtures of all tests: data folders, a fixed seed, the GPU marker, poisoned memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from efrdn_fast import env, testing
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device and torch sees none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(no_gpu)
+
+
+def _folder(candidates: list[Path], what: str, mend: str) -> Path:
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    reason = f"no {what} found at {', '.join(map(str, candidates))}; {mend}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder with `benchmark/` and `train/`: EFRDN_FAST_DATA, else `../shared/data`."""
+    given = env.data_dir()
+    candidates = [given] if given else [REPOSITORY.parent / "shared" / "data"]
+    return _folder(candidates, "images", "set EFRDN_FAST_DATA to the folder that holds them")
+
+
+@pytest.fixture(scope="session")
+def vectors_root() -> Path:
+    """Folder of block-by-block test vectors: beside the data folder, else `../shared/vectors`."""
+    given = env.data_dir()
+    candidates = [given.parent / "vectors"] if given else []
+    candidates.append(REPOSITORY.parent / "shared" / "vectors")
+    return _folder(candidates, "test vectors", "put them in `vectors` beside EFRDN_FAST_DATA")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same seed for every test; TF32 off, so that float32 means float32."""
+    torch.manual_seed(42)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def poison_empty():
+    """New uninitialised tensors hold NaN: an element that a kernel does not write shows."""
+    with testing.poison_empty():
+        yield
