@@ -19,7 +19,7 @@ Image = Tensor | np.ndarray
 
 
 def luma(x_255: Tensor) -> Tensor:
-    """Y = 16 + (65.481 R + 128.553 G + 24.966 B) / 255 of `[..., 3, H, W]` in 0..255, not rounded."""
+    """Y = 16 + (65.481 R + 128.553 G + 24.966 B) / 255, unrounded; `x_255` is [..., 3, H, W]."""
     r, g, b = x_255.unbind(dim=-3)
     return (16 + (LUMA[0] * r + LUMA[1] * g + LUMA[2] * b) / 255).unsqueeze(-3)
 
@@ -31,7 +31,8 @@ def psnr(sr: Image, hr: Image, crop_border: int, y_channel: bool = True) -> floa
         sr: Result: float tensor `[N, 3, H, W]` in [0, 1], or uint8 `[H, W, 3]` (array or tensor).
         hr: Truth, same shape and type as `sr`.
         crop_border: Pixels cut from every side first; the scale factor by convention.
-        y_channel: Compare Y of BT.601 (unrounded), else R, G, B together. Default: True.
+        y_channel: Compare Y of BT.601 (unrounded), else the channels as they are; a float image
+            may then have one channel, `[N, 1, H, W]`. Default: True.
 
     Returns:
         dB; `inf` when the images are equal.
@@ -49,7 +50,7 @@ def ssim(sr: Image, hr: Image, crop_border: int, y_channel: bool = True) -> floa
     """Structural similarity: Gaussian window 11x11, sigma 1.5, valid area, K = (0.01, 0.03).
 
     Arguments, types and errors as `psnr`; what is left after the crop must be at least 11 x 11.
-    Without `y_channel` the mean over R, G, B.
+    Without `y_channel` the mean over the channels.
     """
     a, b = _prepare("ssim", sr, hr, crop_border, y_channel, least=WINDOW)
     c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
@@ -94,7 +95,7 @@ def _prepare(
         raise ValueError(f"{name}: sr is on {sr.device} and hr on {hr.device}")
     if isinstance(crop_border, bool) or not isinstance(crop_border, int) or crop_border < 0:
         raise ValueError(f"{name}: crop_border must be an int of at least 0, got {crop_border!r}")
-    a, b = _to_255(name, sr), _to_255(name, hr)
+    a, b = _to_255(name, sr, y_channel), _to_255(name, hr, y_channel)
     height, width = (size - 2 * crop_border for size in a.shape[2:])
     if height < least or width < least:
         raise ValueError(
@@ -115,14 +116,18 @@ def _as_tensor(image: Image) -> Tensor:
     return torch.from_numpy(np.require(image, requirements=("C", "W")))  # copied where it must be
 
 
-def _to_255(name: str, x: Tensor) -> Tensor:
+def _to_255(name: str, x: Tensor, y_channel: bool) -> Tensor:
     if x.dtype == torch.uint8:
         if x.ndim != 3 or x.shape[2] != 3:
             raise ValueError(f"{name}: uint8 images must be [H, W, 3], got {list(x.shape)}")
         x, factor = x.permute(2, 0, 1)[None], 1
     elif x.is_floating_point():
-        if x.ndim != 4 or x.shape[1] != 3 or x.shape[0] == 0:
-            raise ValueError(f"{name}: float images must be [N, 3, H, W], got {list(x.shape)}")
+        channels = (3,) if y_channel else (1, 3)
+        if x.ndim != 4 or x.shape[1] not in channels or x.shape[0] == 0:
+            raise ValueError(
+                f"{name}: float images must be [N, 3, H, W] (or [N, 1, H, W] with "
+                f"y_channel=False), got {list(x.shape)}"
+            )
         factor = 255
     else:
         raise TypeError(f"{name}: images must be uint8 or floating point, got {x.dtype}")
