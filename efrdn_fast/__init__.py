@@ -11,9 +11,11 @@ __version__ = "0.1.0"
 _NAMES = {
     "EFRDN": "model",
     "EFRDNConfig": "config",
+    "backends": "dispatch",
     "imresize": "resize",
+    "use_backend": "dispatch",
 }
-_MODULES = ("metrics", "reference")
+_MODULES = ("functional", "metrics", "reference")
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
 

@@ -1,0 +1,440 @@
+"""The public ops: validate in words, choose a backend, call `torch.ops.efrdn_fast`.
+
+Maps are `[N, C, H, W]` in float32, float16 or bfloat16 (float64: reference backend), in any memory
+layout; NHWC memory (`channels_last`) is fastest, and every result has it. Weights are float32 or of
+the dtype of the map; sums run in float32. All ops raise ValueError or TypeError that names the op,
+the argument, what was expected and what came; `BackendUnavailable` when a backend that is named
+cannot run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dispatch, ops, reparam
+
+__all__ = [
+    "acrb",
+    "acrb_out",
+    "acrb_train",
+    "asymmetric_conv",
+    "conv3x3",
+    "gcrb",
+    "gcrb_train",
+]
+
+DTYPES = (*dispatch.HALF_OR_SINGLE, torch.float64)
+_ops = getattr(torch.ops, ops.NAMESPACE)
+
+
+def _check_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_map(op: str, name: str, x: Tensor) -> None:
+    _check_tensor(op, name, x)
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}"
+        )
+    if x.ndim != 4:
+        raise ValueError(f"{op}: {name} must be [N, C, H, W], got {list(x.shape)}")
+    if 0 in x.shape:
+        raise ValueError(f"{op}: {name} must not be empty, got zero-size {list(x.shape)}")
+
+
+def _check_like(op: str, name: str, other: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """A second map: the given shape, dtype and device of `x`."""
+    _check_map(op, name, other)
+    if other.shape != shape:
+        raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(other.shape)}")
+    if other.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must be {x.dtype} like the input, got {other.dtype}")
+    if other.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device} like the input, got {other.device}")
+
+
+def _check_weights(op: str, x: Tensor, **weights: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Each weight has its shape, is float32 or of the dtype of `x`, and is on its device."""
+    for name, (weight, shape) in weights.items():
+        _check_tensor(op, name, weight)
+        if weight.shape != shape:
+            raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(weight.shape)}")
+        if weight.dtype != x.dtype and weight.dtype != torch.float32:
+            raise TypeError(
+                f"{op}: {name} must be float32 or {x.dtype} like the input, got {weight.dtype}"
+            )
+        if weight.device != x.device:
+            raise ValueError(
+                f"{op}: {name} must be on {x.device} like the input, got {weight.device}"
+            )
+
+
+def _check_slice(op: str, name: str, start: int, width: int, channels: int) -> None:
+    if not 0 <= start <= channels - width:
+        raise ValueError(
+            f"{op}: {name} must be 0 to {channels - width} for {width} of {channels} channels, "
+            f"got {start}"
+        )
+
+
+def _check_groups(op: str, groups: int, **channels: int) -> None:
+    for name, count in channels.items():
+        if groups < 1 or count % groups:
+            raise ValueError(f"{op}: groups must divide {name}={count}, got {groups}")
+
+
+def _check_batch_norm(op: str, x: Tensor, momentum: float, eps: float) -> None:
+    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(
+            f"{op}: x must hold more than one value per channel for batch statistics, "
+            f"got {list(x.shape)}"
+        )
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"{op}: momentum must be 0 to 1, got {momentum}")
+    if not eps > 0:
+        raise ValueError(f"{op}: eps must be positive, got {eps}")
+
+
+def _check_squeeze(op: str, x: Tensor, w1: Tensor, groups: int) -> tuple[int, int]:
+    """C and M of a GCRB."""
+    _check_map(op, "x", x)
+    _check_tensor(op, "w1", w1)
+    if w1.ndim != 4:
+        raise ValueError(f"{op}: w1 must be [M, C / groups, 1, 1], got {list(w1.shape)}")
+    channels, mid = x.shape[1], w1.shape[0]
+    _check_groups(op, groups, C=channels, M=mid)
+    return channels, mid
+
+
+def gcrb(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    *,
+    groups: int = 2,
+    backend: str = "auto",
+) -> Tensor:
+    """GCRB, BatchNorm folded: `x + relu(conv1x1(relu(dw3x3(relu(conv1x1(x))))))`, one kernel.
+
+    Args:
+        x: `[N, C, H, W]`.
+        w1, b1: Grouped 1x1, `[M, C / groups, 1, 1]`, `[M]`.
+        w2, b2: Depthwise 3x3, zero padding, `[M, 1, 3, 3]`, `[M]`.
+        w3, b3: Grouped 1x1, `[C, M / groups, 1, 1]`, `[C]`.
+        groups: Groups of both 1x1. Default: 2.
+        backend: "auto", "reference", "triton", "cuda" or "cpu". Default: "auto".
+
+    Returns:
+        `[N, C, H, W]`, dtype of `x`. Differentiable once in every tensor.
+
+    Example:
+        >>> y = gcrb(x, *reparam.fold_gcrb(block, use=0))
+    """
+    channels, mid = _check_squeeze("gcrb", x, w1, groups)
+    _check_weights(
+        "gcrb",
+        x,
+        w1=(w1, (mid, channels // groups, 1, 1)),
+        b1=(b1, (mid,)),
+        w2=(w2, (mid, 1, 3, 3)),
+        b2=(b2, (mid,)),
+        w3=(w3, (channels, mid // groups, 1, 1)),
+        b3=(b3, (channels,)),
+    )
+    backend = dispatch.choose("gcrb", backend, x)
+    return _ops.gcrb(x, w1, b1, w2, b2, w3, b3, groups, backend)
+
+
+def gcrb_train(
+    x: Tensor,
+    w1: Tensor,
+    gamma1: Tensor,
+    beta1: Tensor,
+    w2: Tensor,
+    gamma2: Tensor,
+    beta2: Tensor,
+    w3: Tensor,
+    gamma3: Tensor,
+    beta3: Tensor,
+    running_mean: Sequence[Tensor] | None = None,
+    running_var: Sequence[Tensor] | None = None,
+    *,
+    groups: int = 2,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """GCRB with BatchNorm over the statistics of the batch, as in training.
+
+    Args:
+        x: `[N, C, H, W]`, N H W > 1.
+        w1, w2, w3: As in `gcrb`.
+        gamma1, beta1, ...: Weight and bias of the three BatchNorms, `[M]`, `[M]`, `[C]`.
+        running_mean, running_var: Three tensors `[M]`, `[M]`, `[C]`, updated in place (unbiased
+            variance) as `(1 - momentum) old + momentum new`. Default: None, no update.
+        groups: Groups of both 1x1. Default: 2.
+        backend: As in `gcrb`.
+
+    Returns:
+        `[N, C, H, W]`, dtype of `x`. Differentiable once in every tensor but the running ones.
+    """
+    channels, mid = _check_squeeze("gcrb_train", x, w1, groups)
+    _check_batch_norm("gcrb_train", x, momentum, eps)
+    _check_weights(
+        "gcrb_train",
+        x,
+        w1=(w1, (mid, channels // groups, 1, 1)),
+        gamma1=(gamma1, (mid,)),
+        beta1=(beta1, (mid,)),
+        w2=(w2, (mid, 1, 3, 3)),
+        gamma2=(gamma2, (mid,)),
+        beta2=(beta2, (mid,)),
+        w3=(w3, (channels, mid // groups, 1, 1)),
+        gamma3=(gamma3, (channels,)),
+        beta3=(beta3, (channels,)),
+    )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("gcrb_train: running_mean and running_var must be given together")
+    if running_mean is not None:
+        widths = (mid, mid, channels)
+        for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+            if len(running) != 3:
+                raise ValueError(f"gcrb_train: {name} must be three tensors, got {len(running)}")
+            for i, (each, width) in enumerate(zip(running, widths, strict=True)):
+                _check_weights("gcrb_train", x, **{f"{name}[{i}]": (each, (width,))})
+    backend = dispatch.choose("gcrb_train", backend, x)
+    y, mean, var = _ops.gcrb_train(
+        x, w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3, groups, eps, backend
+    )
+    if running_mean is not None:
+        count = x.shape[0] * x.shape[2] * x.shape[3]
+        with torch.no_grad():
+            _update(running_mean, mean, momentum)
+            _update(running_var, var * (count / (count - 1)), momentum)
+    return y
+
+
+def _update(running: Sequence[Tensor], batch: Tensor, momentum: float) -> None:
+    parts = batch.split([each.shape[0] for each in running])
+    for old, new in zip(running, parts, strict=True):
+        old.lerp_(new.to(old.dtype), momentum)
+
+
+def acrb(
+    x: Tensor, weight: Tensor, bias: Tensor, *, start: int = 0, backend: str = "auto"
+) -> Tensor:
+    """ACRB, branches merged and BatchNorm folded: `s + relu(conv3x3(s) + bias)`, one kernel.
+
+    Args:
+        x: `[N, C, H, W]`; s is its channels `start` to `start + d - 1`, read in place.
+        weight, bias: `[d, d, 3, 3]`, `[d]`.
+        start: First channel. Default: 0.
+        backend: As in `gcrb`.
+
+    Returns:
+        `[N, d, H, W]`, dtype of `x`. Differentiable once in every tensor.
+
+    Example:
+        >>> y = acrb(x, *reparam.fold_acrb(block, use=0), start=23)
+    """
+    _check_acrb("acrb", x, weight, bias, start)
+    return _ops.acrb(x, weight, bias, start, dispatch.choose("acrb", backend, x))
+
+
+def _check_acrb(op: str, x: Tensor, weight: Tensor, bias: Tensor, start: int) -> None:
+    _check_map(op, "x", x)
+    _check_tensor(op, "weight", weight)
+    if weight.ndim != 4:
+        raise ValueError(f"{op}: weight must be [d, d, 3, 3], got {list(weight.shape)}")
+    d = weight.shape[0]
+    _check_weights(op, x, weight=(weight, (d, d, 3, 3)), bias=(bias, (d,)))
+    _check_slice(op, "start", start, d, x.shape[1])
+
+
+def acrb_out(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    *,
+    start: int = 0,
+    out_start: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """`acrb` written into the channels of `out` from `out_start` on; inference only.
+
+    Args:
+        out: `[N, Cout, H, W]`, dtype and device of `x`; must not share memory with `x`.
+
+    Returns:
+        `out`.
+    """
+    _check_acrb("acrb_out", x, weight, bias, start)
+    if torch.is_grad_enabled():
+        for name, value in (("x", x), ("weight", weight), ("bias", bias), ("out", out)):
+            if value.requires_grad:
+                raise ValueError(
+                    f"acrb_out: {name} must not require grad, the op is inference only; "
+                    "call acrb, or acrb_out inside torch.no_grad()"
+                )
+    _check_map("acrb_out", "out", out)
+    n, _, h, w = x.shape
+    _check_like("acrb_out", "out", out, (n, out.shape[1], h, w), x)
+    _check_slice("acrb_out", "out_start", out_start, weight.shape[0], out.shape[1])
+    _ops.acrb_out(x, weight, bias, start, out, out_start, dispatch.choose("acrb_out", backend, x))
+    return out
+
+
+def acrb_train(
+    x: Tensor,
+    w1x3: Tensor,
+    w3x3: Tensor,
+    w3x1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    start: int = 0,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """ACRB with BatchNorm over the statistics of the batch, as in training.
+
+    Args:
+        x: `[N, C, H, W]`, N H W > 1; channels `start` to `start + d - 1` are read.
+        w1x3, w3x3, w3x1: `[d, d, 1, 3]`, `[d, d, 3, 3]`, `[d, d, 3, 1]`.
+        gamma, beta: `[d]` each.
+        running_mean, running_var: `[d]` each, updated in place as `gcrb_train` does, or None.
+
+    Returns:
+        `[N, d, H, W]`, dtype of `x`.
+    """
+    _check_map("acrb_train", "x", x)
+    _check_batch_norm("acrb_train", x, momentum, eps)
+    _check_tensor("acrb_train", "w3x3", w3x3)
+    d = w3x3.shape[0]
+    _check_weights(
+        "acrb_train", x, w3x3=(w3x3, (d, d, 3, 3)), gamma=(gamma, (d,)), beta=(beta, (d,))
+    )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("acrb_train: running_mean and running_var must be given together")
+    if running_mean is not None:
+        _check_weights(
+            "acrb_train", x, running_mean=(running_mean, (d,)), running_var=(running_var, (d,))
+        )
+    y = asymmetric_conv(x, w1x3, w3x3, w3x1, start=start, backend=backend)
+    y = F.batch_norm(y, running_mean, running_var, gamma, beta, True, momentum, eps)
+    return x.narrow(1, start, d) + F.relu(y)
+
+
+def asymmetric_conv(
+    x: Tensor,
+    w1x3: Tensor,
+    w3x3: Tensor,
+    w3x1: Tensor,
+    bias: Tensor | None = None,
+    *,
+    start: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Sum of a 1x3, a 3x3 and a 3x1 convolution, computed as the one 3x3 that it equals.
+
+    Args:
+        x: `[N, C, H, W]`; channels `start` to `start + Cin - 1` are read in place.
+        w1x3, w3x3, w3x1: `[Cout, Cin, 1, 3]`, `[Cout, Cin, 3, 3]`, `[Cout, Cin, 3, 1]`; each
+            gets its part of the gradient.
+        bias: `[Cout]` or None.
+        start: First channel. Default: 0.
+        backend: As in `gcrb`.
+
+    Returns:
+        `[N, Cout, H, W]`, dtype of `x`.
+    """
+    op = "asymmetric_conv"
+    _check_map(op, "x", x)
+    _check_tensor(op, "w3x3", w3x3)
+    if w3x3.ndim != 4:
+        raise ValueError(f"{op}: w3x3 must be [Cout, Cin, 3, 3], got {list(w3x3.shape)}")
+    cout, cin = w3x3.shape[:2]
+    _check_weights(
+        op,
+        x,
+        w1x3=(w1x3, (cout, cin, 1, 3)),
+        w3x3=(w3x3, (cout, cin, 3, 3)),
+        w3x1=(w3x1, (cout, cin, 3, 1)),
+        **({} if bias is None else {"bias": (bias, (cout,))}),
+    )
+    _check_slice(op, "start", start, cin, x.shape[1])
+    weight = reparam.merge_asymmetric(w1x3, w3x3, w3x1)
+    backend = dispatch.choose("conv3x3", backend, x)
+    sources = [x if cin == x.shape[1] else x.narrow(1, start, cin)]
+    return _ops.conv3x3(sources, weight, bias, None, 1, False, False, backend, taps=15)
+
+
+def conv3x3(
+    xs: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    groups: int = 1,
+    relu: bool = False,
+    interleaved: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """3x3 convolution of several maps as if concatenated, ReLU if asked, then `+ residual`.
+
+    Args:
+        xs: One map or several `[N, Ci, H, W]`; their concatenation is never made.
+        weight: `[Cout, Cin / groups, 3, 3]`, Cin the sum of all Ci.
+        bias: `[Cout]` or None.
+        residual: `[N, Cout, H, W]` or None.
+        groups: Groups of the convolution. Default: 1.
+        relu: ReLU after the bias. Default: False.
+        interleaved: Join two maps as a0, b0, a1, b1, ... instead. Default: False.
+        backend: As in `gcrb`.
+
+    Returns:
+        `[N, Cout, H, W]`, dtype of the maps. Differentiable once in every tensor.
+    """
+    op = "conv3x3"
+    sources = [xs] if isinstance(xs, Tensor) else list(xs)
+    if not sources:
+        raise ValueError(f"{op}: xs must hold at least one map, got none")
+    first = sources[0]
+    _check_map(op, "xs[0]", first)
+    n, c, h, w = first.shape
+    for i, x in enumerate(sources[1:], 1):
+        _check_map(op, f"xs[{i}]", x)
+        _check_like(op, f"xs[{i}]", x, (n, c if interleaved else x.shape[1], h, w), first)
+    if interleaved and len(sources) != 2:
+        raise ValueError(f"{op}: interleaved needs two maps in xs, got {len(sources)}")
+    _check_tensor(op, "weight", weight)
+    if weight.ndim != 4:
+        raise ValueError(
+            f"{op}: weight must be [Cout, Cin / groups, 3, 3], got {list(weight.shape)}"
+        )
+    cin, cout = sum(x.shape[1] for x in sources), weight.shape[0]
+    _check_groups(op, groups, Cin=cin, Cout=cout)
+    _check_weights(
+        op,
+        first,
+        weight=(weight, (cout, cin // groups, 3, 3)),
+        **({} if bias is None else {"bias": (bias, (cout,))}),
+    )
+    if residual is not None:
+        _check_like(op, "residual", residual, (n, cout, h, w), first)
+    backend = dispatch.choose(op, backend, first)
+    return _ops.conv3x3(sources, weight, bias, residual, groups, relu, interleaved, backend)

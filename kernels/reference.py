@@ -1,0 +1,169 @@
+"""Backend `reference`: the ops through PyTorch's own kernels, on any device, in any float dtype.
+
+Forward ops call `efrdn_fast.reference`; backward ops recompute what they need from the input.
+Weights are cast to the dtype of the map; results are NHWC memory like those of every backend.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+
+__all__ = [
+    "acrb",
+    "acrb_backward",
+    "acrb_out",
+    "conv3x3",
+    "conv3x3_backward",
+    "gcrb",
+    "gcrb_backward",
+    "gcrb_train",
+    "gcrb_train_backward",
+]
+
+
+def _nhwc(y: Tensor) -> Tensor:
+    _, c, h, w = y.shape
+    if y.stride() == (c * h * w, 1, w * c, c):
+        return y
+    return torch.empty_like(y, memory_format=torch.channels_last).copy_(y)
+
+
+def _conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, groups: int = 1, padding: int = 0
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        None,
+        [1, 1],
+        [padding] * 2,
+        [1, 1],
+        False,
+        [0, 0],
+        groups,
+        [True, True, False],
+    )
+    return grad_x, grad_weight
+
+
+def _channel_sum(grad: Tensor, like: Tensor) -> Tensor:
+    return grad.sum((0, 2, 3), dtype=like.dtype)
+
+
+def gcrb(x, w1, b1, w2, b2, w3, b3, groups):
+    params = [p.to(x.dtype) for p in (w1, b1, w2, b2, w3, b3)]
+    return _nhwc(reference.gcrb(x, *params, groups=groups))
+
+
+def gcrb_backward(grad_y, x, w1, b1, w2, b2, w3, b3, groups):
+    v1, c1, v2, c2, v3, c3 = (p.to(x.dtype) for p in (w1, b1, w2, b2, w3, b3))
+    mid = v2.shape[0]
+    a1 = F.relu(F.conv2d(x, v1, c1, groups=groups))
+    a2 = F.relu(F.conv2d(a1, v2, c2, padding=1, groups=mid))
+    g3 = grad_y * (F.conv2d(a2, v3, c3, groups=groups) > 0)
+    g2, grad_w3 = _conv_backward(g3, a2, v3, groups)
+    g2 = g2 * (a2 > 0)
+    g1, grad_w2 = _conv_backward(g2, a1, v2, mid, padding=1)
+    g1 = g1 * (a1 > 0)
+    g0, grad_w1 = _conv_backward(g1, x, v1, groups)
+    return (
+        _nhwc(grad_y + g0),
+        grad_w1.to(w1.dtype),
+        _channel_sum(g1, b1),
+        grad_w2.to(w2.dtype),
+        _channel_sum(g2, b2),
+        grad_w3.to(w3.dtype),
+        _channel_sum(g3, b3),
+    )
+
+
+def gcrb_train(x, w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3, groups, eps):
+    v1, v2, v3 = (w.to(x.dtype) for w in (w1, w2, w3))
+    y, mean, var = reference.gcrb_train(
+        x, v1, gamma1, beta1, v2, gamma2, beta2, v3, gamma3, beta3, groups=groups, eps=eps
+    )
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return _nhwc(y), mean.to(dtype), var.to(dtype)
+
+
+def gcrb_train_backward(
+    grad_y, x, w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3, mean, var, groups, eps
+):
+    v1, v2, v3 = (w.to(x.dtype) for w in (w1, w2, w3))
+    mid, channels = v2.shape[0], v3.shape[0]
+    means, variances = mean.split([mid, mid, channels]), var.split([mid, mid, channels])
+
+    def norm(z, i, gamma, beta):
+        mean, var = means[i].to(gamma.dtype), variances[i].to(gamma.dtype)
+        return F.batch_norm(z, mean, var, gamma, beta, False, 0.0, eps)
+
+    def norm_backward(grad, z, i, gamma):
+        mean, invstd = means[i], (variances[i] + eps).rsqrt()
+        return torch.ops.aten.native_batch_norm_backward(
+            grad, z, gamma, None, None, mean, invstd, True, eps, [True, True, True]
+        )
+
+    z1 = F.conv2d(x, v1, groups=groups)
+    a1 = F.relu(norm(z1, 0, gamma1, beta1))
+    z2 = F.conv2d(a1, v2, padding=1, groups=mid)
+    a2 = F.relu(norm(z2, 1, gamma2, beta2))
+    z3 = F.conv2d(a2, v3, groups=groups)
+    g3, grad_gamma3, grad_beta3 = norm_backward(
+        grad_y * (norm(z3, 2, gamma3, beta3) > 0), z3, 2, gamma3
+    )
+    g2, grad_w3 = _conv_backward(g3, a2, v3, groups)
+    g2, grad_gamma2, grad_beta2 = norm_backward(g2 * (a2 > 0), z2, 1, gamma2)
+    g1, grad_w2 = _conv_backward(g2, a1, v2, mid, padding=1)
+    g1, grad_gamma1, grad_beta1 = norm_backward(g1 * (a1 > 0), z1, 0, gamma1)
+    g0, grad_w1 = _conv_backward(g1, x, v1, groups)
+    grads = (
+        *(grad_w1, grad_gamma1, grad_beta1),
+        *(grad_w2, grad_gamma2, grad_beta2),
+        *(grad_w3, grad_gamma3, grad_beta3),
+    )
+    params = (w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3)
+    return _nhwc(grad_y + g0), *(g.to(p.dtype) for g, p in zip(grads, params, strict=True))
+
+
+def acrb(x, weight, bias, start):
+    return _nhwc(reference.acrb(x, weight.to(x.dtype), bias.to(x.dtype), start=start))
+
+
+def acrb_out(x, weight, bias, start, out, out_start):
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    reference.acrb_out(x, weight, bias, out, start=start, out_start=out_start)
+
+
+def acrb_backward(grad_y, x, weight, bias, start):
+    v, c = weight.to(x.dtype), bias.to(x.dtype)
+    s = x.narrow(1, start, v.shape[0])
+    g = grad_y * (F.conv2d(s, v, c, padding=1) > 0)
+    grad_s, grad_weight = _conv_backward(g, s, v, padding=1)
+    grad_x = torch.zeros_like(x, memory_format=torch.channels_last)
+    grad_x.narrow(1, start, v.shape[0]).copy_(grad_s).add_(grad_y)
+    return grad_x, grad_weight.to(weight.dtype), _channel_sum(g, bias)
+
+
+def conv3x3(xs, weight, bias, residual, groups, relu, interleaved):
+    dtype = xs[0].dtype
+    y = reference.conv3x3(
+        xs,
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        residual=residual,
+        groups=groups,
+        relu=relu,
+        interleaved=interleaved,
+    )
+    return _nhwc(y)
+
+
+def conv3x3_backward(grad, xs, weight, groups, interleaved):
+    x, v = reference.join(xs, interleaved), weight.to(grad.dtype)
+    grad_x, grad_weight = _conv_backward(grad, x, v, groups, padding=1)
+    return _nhwc(grad_x), grad_weight.to(weight.dtype)
