@@ -35,6 +35,7 @@ __all__ = [
     "choose",
     "choose_backward",
     "implementation",
+    "implementations",
     "use_backend",
 ]
 
@@ -172,7 +173,7 @@ _choose._dynamo_marked_constant = True
 
 def choose_backward(op: str, forward: str, device: torch.device, dtype: torch.dtype) -> str:
     """Backend of a backward op: that of its forward where it has one, else what auto takes."""
-    named = forward in {impl.backend for impl in IMPLS[op] if _exists(impl.target)}
+    named = forward in {impl.backend for impl in implementations(op)}
     return _resolve(op, forward if named else "auto", device, dtype)
 
 
@@ -181,6 +182,11 @@ def _check_name(where: str, backend: str) -> str:
         names = ", ".join(("auto", *env.BACKENDS))
         raise ValueError(f"{where}: backend must be one of {names}; got {backend!r}")
     return backend
+
+
+def implementations(op: str) -> tuple[Impl, ...]:
+    """The implementations of `op`, fastest first."""
+    return tuple(impl for impl in IMPLS[op] if _exists(impl.target))
 
 
 @functools.cache
@@ -193,7 +199,7 @@ def _exists(target: str) -> bool:
 
 @functools.cache
 def _resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    impls = {impl.backend: impl for impl in IMPLS[op] if _exists(impl.target)}
+    impls = {impl.backend: impl for impl in implementations(op)}
     if _check_name(op, backend) != "auto":
         if backend not in impls:
             raise BackendUnavailable(
@@ -314,6 +320,6 @@ def backends() -> BackendTable:
         else:
             device = torch.device("cuda" if gpu and name != "cpu" else "cpu")
             reason = WHY_NOT[name](device)
-        ops = tuple(op for op, row in IMPLS.items() if any(i.backend == name for i in row))
+        ops = tuple(op for op in IMPLS if any(i.backend == name for i in implementations(op)))
         rows.append(BackendStatus(name, reason, ops))
     return BackendTable(rows)

@@ -15,6 +15,8 @@ __all__ = [
     "TOLERANCES",
     "assert_close_to_reference",
     "assert_within",
+    "check_backward",
+    "check_forward",
     "gradients",
     "make_input",
     "poison_empty",
@@ -58,15 +60,17 @@ def make_input(
 def gradients(function: Callable[..., Tensor | tuple], grad: Tensor) -> Callable[..., tuple]:
     """Function of the same arguments that returns d<function, grad> / d argument.
 
-    One gradient for each floating tensor argument, in order; of a tuple the first output counts.
+    One gradient for each floating tensor argument, in order, also inside lists; of several outputs
+    the first counts.
     """
 
     def backward(*args: Any) -> tuple:
-        leaves = [a.detach().requires_grad_() if _floating(a) else a for a in args]
+        args = tree_map(lambda a: a.detach().requires_grad_() if _floating(a) else a, args)
         with torch.enable_grad():
-            out = function(*leaves)
+            out = function(*args)
         out = out if isinstance(out, Tensor) else out[0]
-        return torch.autograd.grad(out, [a for a in leaves if _floating(a)], grad.to(out.dtype))
+        leaves = [a for a in tree_leaves(args) if _floating(a)]
+        return torch.autograd.grad(out, leaves, grad.to(out.dtype))
 
     return backward
 
@@ -177,3 +181,42 @@ def poison_empty() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         settings.fill_uninitialized_memory = before[2]
+
+
+def check_forward(case: Any, dtype: torch.dtype, device: str, backend: str) -> list[float]:
+    """Run `case` (see `efrdn_fast.cases`) on a backend, compare with the reference; the errors."""
+    args = case.args(dtype, device)
+    out = _op(case)(*args, backend)
+    first = out if isinstance(out, Tensor) else out[0]
+    _, c, h, w = first.shape
+    assert first.dtype == dtype, f"dtype {first.dtype}, expected {dtype}"
+    assert first.stride() == (c * h * w, 1, w * c, c), f"strides {first.stride()} are not NHWC"
+    return assert_close_to_reference(out, case.reference, args)
+
+
+def check_backward(
+    case: Any, dtype: torch.dtype, device: str, backend: str, *, expanded: bool = False
+) -> list[float]:
+    """Every gradient of `case` on a backend against autograd through the reference.
+
+    Args:
+        expanded: The incoming gradient is one value with strides 0, as `y.sum()` hands it back.
+    """
+    args = tree_map(lambda a: a.requires_grad_() if _floating(a) else a, case.args(dtype, device))
+    out = _op(case)(*args, backend)
+    out = out if isinstance(out, Tensor) else out[0]
+    if expanded:
+        grad = torch.ones((), dtype=dtype, device=device).expand(out.shape)
+    else:
+        grad = make_input(out.shape, dtype, device, "contiguous", seed=7)
+    leaves = [a for a in tree_leaves(args) if _floating(a)]
+    grads = torch.autograd.grad(out, leaves, grad)
+    for leaf, each in zip(leaves, grads, strict=True):
+        assert each.dtype == leaf.dtype, f"gradient is {each.dtype}, its tensor {leaf.dtype}"
+    return assert_close_to_reference(grads, gradients(case.reference, grad), args)
+
+
+def _op(case: Any) -> Any:
+    from . import ops
+
+    return getattr(getattr(torch.ops, ops.NAMESPACE), case.op)

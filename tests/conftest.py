@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from efrdn_fast import env, testing
+from efrdn_fast import dispatch, env, testing
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    config.addinivalue_line("markers", "op(name): the op whose backends `target` runs through")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,11 +55,11 @@ def vectors_root() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
+def _reproducible() -> None:
     """Same seed for every test; TF32 off, so that float32 means float32."""
     torch.manual_seed(42)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture
@@ -66,3 +67,31 @@ def poison_empty():
     """New uninitialised tensors hold NaN: an element that a kernel does not write shows."""
     with testing.poison_empty():
         yield
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`target` of a test marked `op(name)`: each (device, backend) that implements the op."""
+    if "target" not in metafunc.fixturenames:
+        return
+    op = metafunc.definition.get_closest_marker("op").args[0]
+    interpreted = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
+    serving = {
+        "cpu": ("reference", "cpu", *interpreted),
+        "cuda": ("reference", "triton", "cuda"),
+    }
+    targets = [
+        pytest.param(
+            (device, impl.backend), id=f"{device}-{impl.backend}", marks=_marks(device, impl)
+        )
+        for device, names in serving.items()
+        for impl in dispatch.implementations(op)
+        if impl.backend in names
+    ]
+    metafunc.parametrize("target", targets)
+
+
+def _marks(device: str, impl: dispatch.Impl) -> list[pytest.MarkDecorator]:
+    if device == "cuda" and not torch.cuda.is_available():
+        return [pytest.mark.gpu]
+    reason = impl.why_not(torch.device(device))
+    return [pytest.mark.skip(reason=f"backend {impl.backend}: {reason}")] if reason else []
