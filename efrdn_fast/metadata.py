@@ -1,0 +1,184 @@
+"""EXIF, ICC, XMP and resolution of a picture: taken from a file, mended, written to another."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+__all__ = ["Metadata", "collect", "png_chunks", "png_info", "tiff_directory"]
+
+EXIF_PREFIX = b"Exif\x00\x00"
+ORIENTATION, EXIF_IFD, WIDTH, HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003
+GROUPS = (EXIF_IFD, 0x8825)  # sub-directories: Exif, GPS
+SHORT, LONG = 3, 4
+XMP_ORIENTATION = re.compile(rb"(tiff:Orientation(?:=[\"']|>)\s*)[2-8]")
+# TIFF tags that never belong to another file, for they say how pixels are stored: subfile type,
+# size, bits, compression, photometric, fill order, strips, orientation, samples, planes, predictor,
+# colour map, tiles, sub-directories, sample format, JPEG tables, YCbCr; and those that are kept
+# apart: resolution, XMP, ICC, IPTC, Photoshop.
+NOT_EXIF = {
+    *range(254, 267), 273, 274, 277, 278, 279, 280, 281, 282, 283, 284, 290, 291, 292, 293, 296,
+    301, *range(317, 326), 330, *range(332, 343), 347, *range(512, 533), 700, 33723, 34377, 34675,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a picture says beside its pixels; empty where the file held nothing."""
+
+    exif: bytes = b""
+    """TIFF block, without the prefix that JPEG puts before it."""
+    icc: bytes = b""
+    """ICC profile of the pixels."""
+    xmp: bytes = b""
+    """XMP packet."""
+    dpi: tuple[float, float] | None = None
+    """Dots per inch, horizontal and vertical; kept as it is, so an upscaled print grows."""
+
+    def upright(self, width: int, height: int, turned: bool = False) -> Metadata:
+        """The same for pixels that stand upright and measure `width` x `height`.
+
+        The orientation becomes 1, the sizes in EXIF become the new ones; `turned` pixels drop the
+        embedded thumbnail, which was not turned. All else, maker notes too, stays where it was.
+        """
+        return dataclasses.replace(
+            self,
+            exif=_patch_exif(self.exif, width, height, turned),
+            xmp=XMP_ORIENTATION.sub(rb"\g<1>1", self.xmp),
+        )
+
+
+def collect(image: Image.Image) -> tuple[Metadata, int]:
+    """Metadata of a loaded Pillow image, and its orientation 1-8 (1 where pixels are upright)."""
+    info = image.info
+    exif = _raw_exif(image)
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow's EXIF parser raises nearly anything on damaged blocks
+        exif, orientation = b"", 1
+    xmp = info.get("xmp") or b""
+    dpi = info.get("dpi")
+    try:
+        dpi = (float(dpi[0]), float(dpi[1])) if dpi and min(dpi) > 0 else None
+    except (TypeError, ValueError, ZeroDivisionError):
+        dpi = None
+    metadata = Metadata(
+        exif=exif,
+        icc=info.get("icc_profile") or b"",
+        xmp=xmp.encode() if isinstance(xmp, str) else bytes(xmp),
+        dpi=dpi,
+    )
+    return metadata, orientation if orientation in range(1, 9) else 1
+
+
+def png_info(metadata: Metadata) -> PngInfo:
+    """XMP as the chunk that Pillow's PNG writer takes; it has options of its own for the rest."""
+    info = PngInfo()
+    if metadata.xmp:
+        info.add_itxt("XML:com.adobe.xmp", metadata.xmp.decode("utf-8", "replace"))
+    return info
+
+
+def png_chunks(metadata: Metadata) -> list[tuple[bytes, bytes]]:
+    """Everything as PNG chunks (name, data), in an order that may stand before IDAT."""
+    chunks = []
+    if metadata.icc:
+        chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(metadata.icc)))
+    if metadata.dpi:
+        per_metre = [round(dots / 0.0254) for dots in metadata.dpi]
+        chunks.append((b"pHYs", struct.pack(">IIB", *per_metre, 1)))
+    if metadata.exif:
+        chunks.append((b"eXIf", metadata.exif))
+    if metadata.xmp:
+        chunks.append((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + metadata.xmp))
+    return chunks
+
+
+def tiff_directory(metadata: Metadata) -> ImageFileDirectory_v2:
+    """Everything as a TIFF directory, to which the writer adds the tags of the pixels."""
+    directory = ImageFileDirectory_v2()
+    if metadata.exif:
+        exif = Image.Exif()
+        exif.load(EXIF_PREFIX + metadata.exif)
+        for tag in list(exif):
+            if tag in GROUPS:
+                directory[tag] = dict(exif.get_ifd(tag))
+            elif tag not in NOT_EXIF:
+                directory[tag] = exif[tag]
+    if metadata.dpi:
+        directory[282], directory[283], directory[296] = *metadata.dpi, 2  # dots per inch
+    if metadata.xmp:
+        directory.tagtype[700] = 1  # bytes
+        directory[700] = metadata.xmp
+    if metadata.icc:
+        directory.tagtype[34675] = 7
+        directory[34675] = metadata.icc
+    return directory
+
+
+def _raw_exif(image: Image.Image) -> bytes:
+    """EXIF block as stored; of a TIFF, whose directory is the EXIF, as a block of its own."""
+    try:
+        if image.format == "TIFF":
+            exif = image.getexif()
+            for tag in NOT_EXIF & set(exif):
+                del exif[tag]
+            raw = exif.tobytes() if len(exif) else b""
+        elif "exif" in image.info:
+            raw = image.info["exif"]
+        elif "Raw profile type exif" in image.info:
+            raw = image.getexif().tobytes()
+        else:
+            raw = b""
+    except Exception:  # as above: a damaged block is as good as none
+        return b""
+    while raw.startswith(EXIF_PREFIX):
+        raw = raw[len(EXIF_PREFIX) :]
+    return raw
+
+
+def _patch_exif(raw: bytes, width: int, height: int, drop_thumbnail: bool) -> bytes:
+    """Set orientation and sizes in place, so that offsets inside maker notes stay right."""
+    order = {b"II": "<", b"MM": ">"}.get(raw[:2])
+    if order is None:
+        return raw
+    data = bytearray(raw)
+    try:
+        (first,) = struct.unpack_from(f"{order}I", data, 4)
+        entries, end = _entries(data, first, order)
+        if drop_thumbnail:
+            struct.pack_into(f"{order}I", data, end, 0)
+        _set_entry(data, entries, ORIENTATION, 1, order)
+        if EXIF_IFD in entries:
+            (offset,) = struct.unpack_from(f"{order}I", data, entries[EXIF_IFD][1])
+            inner, _ = _entries(data, offset, order)
+            _set_entry(data, inner, WIDTH, width, order)
+            _set_entry(data, inner, HEIGHT, height, order)
+    except struct.error:  # an offset beyond the block: what could be mended is mended
+        pass
+    return bytes(data)
+
+
+def _entries(data: bytearray, offset: int, order: str) -> tuple[dict[int, tuple[int, int]], int]:
+    """{tag: (type, position of its value)} of the directory at `offset`, and where it ends."""
+    (count,) = struct.unpack_from(f"{order}H", data, offset)
+    rows = {}
+    for position in range(offset + 2, offset + 2 + 12 * count, 12):
+        tag, kind = struct.unpack_from(f"{order}HH", data, position)
+        rows[tag] = (kind, position + 8)
+    return rows, offset + 2 + 12 * count
+
+
+def _set_entry(data: bytearray, entries: dict, tag: int, value: int, order: str) -> None:
+    kind, position = entries.get(tag, (0, 0))
+    if kind == SHORT and value < 1 << 16:
+        struct.pack_into(f"{order}H", data, position, value)
+    elif kind == LONG:
+        struct.pack_into(f"{order}I", data, position, value)
