@@ -1,0 +1,175 @@
+"""Builds the CUDA sources for the CPU and runs one launcher at a time (see simt.h)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["DTYPES", "Sparse", "cuda_include", "executable", "execute", "run"]
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent.parent / "csrc"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Values of `efrdn_fast::Dtype`."""
+FLAGS = [
+    *("-std=c++17", "-O1", "-g1", "-DEFRDN_FAST_SIMT"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"),
+]
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A map inside a buffer that is larger than the memory, most of it never touched.
+
+    `strides` are those of n, h, w in elements; `tensor` [N, C, H, W] gives the values.
+    """
+
+    tensor: Tensor
+    strides: tuple[int, int, int]
+
+
+def cuda_include() -> Path | None:
+    """Folder of `cuda_fp16.h`: that of nvcc's toolkit, else of the wheels that torch brings."""
+    candidates = [Path(torch.__file__).parent.parent / "nvidia" / "cu13" / "include"]
+    if nvcc := shutil.which("nvcc"):
+        dry = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+        if top := re.search(r"TOP=(\S+)", dry):
+            candidates.insert(0, Path(top[1]) / "include")
+    return next((c for c in candidates if (c / "cuda_fp16.h").exists()), None)
+
+
+def _compile(command: Sequence[str], inputs: Sequence[Path], output: str) -> Path:
+    """Run `command -o <file>` unless the result of the same command and inputs is there."""
+    digest = hashlib.sha256(repr(command).encode())
+    for path in inputs:
+        digest.update(path.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"efrdn_fast_simt_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    target = folder / f"{digest.hexdigest()[:16]}_{output}"
+    if not target.exists():
+        part = target.with_suffix(f".{os.getpid()}.part")
+        done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"
+        part.rename(target)
+    return target
+
+
+@functools.cache
+def executable(name: str) -> Path:
+    """Build `runner` (every kernel of csrc/) or `selftest`; objects are cached by content."""
+    include = cuda_include()
+    assert include, "no CUDA headers: neither nvcc nor torch's nvidia wheels are installed"
+    flags = [*FLAGS, f"-I{include}", f"-I{HERE}", f"-I{CSRC}"]
+    headers = sorted([*HERE.glob("*.h"), *CSRC.glob("*.h"), *CSRC.glob("*.cuh")])
+    sources = [HERE / "selftest.cu"]
+    if name == "runner":
+        sources = [HERE / "runner.cpp", *sorted(CSRC.glob("*.cu"))]
+    objects = [
+        _compile(["g++", *flags, "-x", "c++", "-c", str(s)], [s, *headers], f"{s.stem}.o")
+        for s in sources
+    ]
+    return _compile(["g++", *flags, *map(str, objects)], objects, name)
+
+
+def execute(program: Path, *args: str | Path, order: str = "forward"):
+    """Run a built program with the threads in this order; its completed process."""
+    env = {**os.environ, "SIMT_ORDER": order, "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [str(program), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _number(name: str, value: int) -> bytes:
+    return struct.pack("=24sqq", name.encode(), 0, value)
+
+
+def _pieces(value: Tensor | Sparse) -> tuple[int, list[tuple[int, bytes]]]:
+    """Bytes of the buffer; offset and content of every piece that is given."""
+    if isinstance(value, Tensor):
+        storage = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+        return value.untyped_storage().nbytes(), [(0, _bytes(storage))]
+    size = value.tensor.element_size()
+    n, c, h, w = value.tensor.shape
+    step_n, step_h, step_w = (s * size for s in value.strides)
+    rows = value.tensor.permute(0, 2, 3, 1)
+    pieces = [
+        (i * step_n + j * step_h + k * step_w, _bytes(rows[i, j, k]))
+        for i in range(n)
+        for j in range(h)
+        for k in range(w)
+    ]
+    return pieces[-1][0] + c * size, pieces
+
+
+def _encode(name: str, value: Tensor | Sparse) -> tuple[bytes, list[int]]:
+    """Records of an array and its properties; lengths of its pieces."""
+    tensor = value if isinstance(value, Tensor) else value.tensor
+    total, pieces = _pieces(value)
+    out = struct.pack("=24sqqq", name.encode(), 1, total, len(pieces))
+    for offset, content in pieces:
+        out += struct.pack("=qq", offset, len(content)) + content
+    out += _number(f"{name}.dtype", DTYPES.get(tensor.dtype, -1))
+    offset = tensor.storage_offset() * tensor.element_size() if tensor is value else 0
+    out += _number(f"{name}.offset", offset)
+    if tensor.dim() == 4:
+        n, _, h, w = tensor.stride()
+        strides = (n, h, w) if tensor is value else value.strides
+        for axis, stride in zip("nhw", strides, strict=True):
+            out += _number(f"{name}.{axis}", stride)
+    return out, [len(content) for _, content in pieces]
+
+
+def run(
+    op: str,
+    arrays: Mapping[str, Tensor | Sparse],
+    numbers: Mapping[str, int],
+    order: str = "forward",
+) -> dict[str, Tensor]:
+    """Launch `op` of runner.cpp on copies of `arrays`.
+
+    Returns:
+        The arrays as the kernels left them: shape, strides and dtype as given; of a `Sparse` the
+        values, contiguous.
+    """
+    case, lengths = b"", {}
+    for name, value in arrays.items():
+        record, lengths[name] = _encode(name, value)
+        case += record
+    for name, value in numbers.items():
+        case += _number(name, value)
+    with tempfile.TemporaryDirectory() as folder:
+        given, result = Path(folder) / "case", Path(folder) / "result"
+        given.write_bytes(case)
+        done = execute(executable("runner"), op, given, result, order=order)
+        assert done.returncode == 0, f"{op}: exit status {done.returncode}\n{done.stderr[:4000]}"
+        content = bytearray(result.read_bytes())
+    out, start = {}, 0
+    for name in sorted(arrays, key=lambda n: n.encode()):  # the runner keeps them in a std::map
+        value, size = arrays[name], sum(lengths[name])
+        tensor = value if isinstance(value, Tensor) else value.tensor
+        flat = torch.frombuffer(
+            content, dtype=tensor.dtype, offset=start, count=size // tensor.element_size()
+        )
+        if isinstance(value, Tensor):
+            out[name] = flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        else:
+            n, c, h, w = tensor.shape
+            out[name] = flat.view(n, h, w, c).permute(0, 3, 1, 2)
+        start += size
+    return out

@@ -1,0 +1,177 @@
+"""CUDA kernels executed on the CPU (tests/simt), memory guarded, against float64 PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from efrdn_fast import reference, testing
+
+_spec = importlib.util.spec_from_file_location(
+    "simt_harness", Path(__file__).parent / "simt" / "harness.py"
+)
+simt = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = simt
+_spec.loader.exec_module(simt)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _toolchain() -> None:
+    missing = [] if shutil.which("g++") else ["g++"]
+    if not simt.cuda_include():
+        missing.append("the CUDA headers (nvcc's toolkit or the nvidia wheels of torch)")
+    if missing and os.environ.get("CI") == "true":
+        pytest.fail(f"not installed: {', '.join(missing)}")
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+
+
+def selftest(kernel: str, order: str = "forward"):
+    return simt.execute(simt.executable("selftest"), kernel, order=order)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "7"])
+def test_harness_runs_sound_kernels(order):
+    sums = selftest("block_sum", order)
+    values = torch.tensor([i % 7 for i in range(192)]).view(3, 64).sum(1)
+    assert sums.returncode == 0, sums.stderr
+    assert [float(v) for v in sums.stdout.split()[:3]] == values.tolist()
+    swapped = selftest("exchange", order)
+    assert swapped.returncode == 0, swapped.stderr
+    expected = torch.arange(192).view(3, 64).flip(1).flatten()
+    assert [float(v) for v in swapped.stdout.split()] == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "status", "message"),
+    [
+        ("skipped_barrier", 3, "waits at __syncthreads"),
+        ("early_exit", 3, "thread (5,0,0) has exited"),
+        ("skipped_shuffle", 3, "thread (7,0,0) has exited"),
+        ("foreign_lane", 3, "lane 0 shuffles from lane 9"),
+        ("read_after_end", 1, "AddressSanitizer: use-after-poison"),
+        ("read_before_start", 1, "AddressSanitizer: use-after-poison"),
+        ("write_after_end", 1, "AddressSanitizer: use-after-poison"),
+        ("write_before_start", 1, "AddressSanitizer: use-after-poison"),
+        ("dynamic_overrun", 1, "AddressSanitizer: heap-buffer-overflow"),
+        ("shared_overrun", 1, "index 64 out of bounds"),
+        ("misaligned", 1, "requires 16 byte alignment"),
+    ],
+)
+def test_harness_catches(kernel, status, message):
+    done = selftest(kernel)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+
+
+def test_harness_shows_an_absent_barrier():
+    """Nobody waits, so nothing hangs: threads read poison, which others in another order."""
+    first, second = (selftest("no_barrier", order).stdout.split() for order in ("forward", "3"))
+    assert "nan" in first[0]
+    assert first != second
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal weights whose products with unit inputs stay near 1."""
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return (values / max(1, values[0].numel()) ** 0.5).to(dtype)
+
+
+def gcrb_params(
+    channels: int, mid: int, groups: int, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    shapes = [
+        (mid, channels // groups, 1, 1),
+        (mid,),
+        (mid, 1, 3, 3),
+        (mid,),
+        (channels, mid // groups, 1, 1),
+        (channels,),
+    ]
+    return [draw(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+NAMES = ("w1", "b1", "w2", "b2", "w3", "b3")
+
+
+def nhwc(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory of a result: NaN."""
+    return torch.full((n, h, w, c), torch.nan, dtype=dtype).permute(0, 3, 1, 2)
+
+
+def run_gcrb(x: Tensor, params: list[Tensor], groups: int, order: str = "forward") -> Tensor:
+    n, c, h, w = x.shape
+    arrays = {"x": x, "y": nhwc(n, c, h, w, x.dtype), **dict(zip(NAMES, params, strict=True))}
+    numbers = {"N": n, "C": c, "H": h, "W": w, "M": params[0].shape[0], "groups": groups}
+    return simt.run("gcrb_fwd", arrays, numbers, order)["y"]
+
+
+GCRB_CASES = [
+    # shape, mid, groups, dtype, layout
+    pytest.param((1, 32, 1, 1), 8, 2, torch.float32, "channels_last", id="1x1"),
+    pytest.param((1, 32, 1, 5), 8, 2, torch.float16, "channels_last", id="1x5-fp16"),
+    pytest.param((2, 32, 5, 7), 8, 2, torch.float32, "sliced", id="N2-5x7-sliced"),
+    pytest.param((2, 32, 17, 19), 8, 2, torch.float16, "channels_last", id="N2-17x19-fp16"),
+    pytest.param((1, 32, 17, 19), 8, 2, torch.bfloat16, "sliced", id="17x19-bf16-sliced"),
+    pytest.param((1, 32, 13, 33), 8, 1, torch.float32, "channels_last", id="13x33-G1"),
+    pytest.param((1, 32, 13, 17), 8, 1, torch.float16, "channels_last", id="13x17-G1-fp16"),
+    pytest.param((1, 32, 13, 17), 8, 4, torch.bfloat16, "channels_last", id="13x17-G4-bf16"),
+    pytest.param((1, 32, 13, 17), 8, 8, torch.float16, "channels_last", id="13x17-G8-fp16"),
+    pytest.param((1, 32, 13, 17), 8, 8, torch.float32, "channels_last", id="13x17-G8"),
+    pytest.param((1, 50, 5, 19), 12, 2, torch.float32, "channels_last", id="5x19-C50-M12"),
+    pytest.param((1, 18, 13, 7), 6, 3, torch.float16, "sliced", id="13x7-C18-M6-G3-fp16"),
+    pytest.param((1, 64, 3, 17), 16, 16, torch.bfloat16, "channels_last", id="3x17-C64-G16-bf16"),
+]
+
+
+@pytest.mark.parametrize(("shape", "mid", "groups", "dtype", "layout"), GCRB_CASES)
+def test_gcrb_forward(shape, mid, groups, dtype, layout):
+    x = testing.make_input(shape, dtype, layout=layout)
+    params = gcrb_params(shape[1], mid, groups)
+    y = run_gcrb(x, params, groups)
+
+    def exact(x, *params):
+        return reference.gcrb(x, *params, groups=groups)
+
+    testing.assert_close_to_reference(y, exact, [x, *params])
+
+
+def test_gcrb_forward_half_weights():
+    x = testing.make_input((1, 32, 5, 7), torch.float16, layout="channels_last")
+    params = gcrb_params(32, 8, 2, torch.float16)
+    y = run_gcrb(x, params, 2)
+    testing.assert_close_to_reference(y, lambda *a: reference.gcrb(*a, groups=2), [x, *params])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gcrb_forward_is_the_same_in_every_order(dtype):
+    x = testing.make_input((1, 32, 13, 17), dtype, layout="channels_last")
+    results = [
+        run_gcrb(x, gcrb_params(32, 8, 2), 2, order) for order in ("forward", "reverse", "3")
+    ]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gcrb_forward_beyond_32_bits(dtype):
+    """Images, rows and pixels that lie more than 2^31 elements apart."""
+    x = testing.make_input((2, 32, 2, 3), dtype)
+    params = gcrb_params(32, 8, 2)
+    near = run_gcrb(x.contiguous(memory_format=torch.channels_last), params, 2)
+    n, c, h, w = x.shape
+    step = (1 << 31) + 16
+    arrays = {
+        "x": simt.Sparse(x, (h * step, step, 32)),
+        "y": simt.Sparse(torch.full_like(x, torch.nan), (step, 3 * 32, 32)),
+    }
+    numbers = {"N": n, "C": c, "H": h, "W": w, "M": 8, "groups": 2}
+    arrays |= dict(zip(NAMES, params, strict=True))
+    assert torch.equal(simt.run("gcrb_fwd", arrays, numbers)["y"], near)
