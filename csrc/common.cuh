@@ -24,12 +24,13 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaS
                    Params... params) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const auto grid = static_cast<unsigned>(blocks);
 #ifdef EFRDN_FAST_SIMT
   (void)stream;
-  simt::launch(dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, [=] { kernel(params...); });
+  simt::launch(dim3(grid), dim3(threads), 0, [=] { kernel(params...); });
   return cudaSuccess;
 #else
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, stream> > >(params...);
+  kernel<<<grid, threads, 0, stream> > >(params...);
   return cudaGetLastError();
 #endif
 }
