@@ -15,6 +15,7 @@ __all__ = [
     "TOLERANCES",
     "assert_close_to_reference",
     "assert_within",
+    "case_id",
     "check_backward",
     "check_forward",
     "gradients",
@@ -181,6 +182,11 @@ def poison_empty() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         settings.fill_uninitialized_memory = before[2]
+
+
+def case_id(value: Any) -> str:
+    """Readable pytest id of a case, a dtype or a string."""
+    return str(value).removeprefix("torch.")
 
 
 def check_forward(case: Any, dtype: torch.dtype, device: str, backend: str) -> list[float]:
