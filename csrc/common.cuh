@@ -30,7 +30,11 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaS
   simt::launch(dim3(grid), dim3(threads), 0, [=] { kernel(params...); });
   return cudaSuccess;
 #else
-  kernel<<<grid, threads, 0, stream> > >(params...);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, params...);
   return cudaGetLastError();
 #endif
 }
