@@ -13,6 +13,7 @@ _NAMES = {
     "EFRDNConfig": "config",
     "backends": "dispatch",
     "imresize": "resize",
+    "upscale": "upscaler",
     "use_backend": "dispatch",
 }
 _MODULES = ("functional", "metrics", "reference")

@@ -1,0 +1,224 @@
+"""Many image files: which file becomes which, and upscaling them one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import images
+from .encode import FORMATS, check_output
+from .images import Picture
+from .inference import Progress
+from .metadata import Metadata
+from .upscaler import Upscaler
+
+__all__ = ["Job", "Result", "plan", "process"]
+
+READ_EXTENSIONS = (*FORMATS, ".gif", ".jfif")
+# What one bad file may raise; anything else is a bug and stops the run.
+FILE_ERRORS = (ValueError, TypeError, OSError, MemoryError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One input and where its result goes."""
+
+    source: Path
+    target: Path | None = None
+    error: str = ""
+    """Why it cannot be done, known before it begins."""
+    skip: str = ""
+    """Why there is nothing to do."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job; JSON-ready."""
+
+    input: str
+    output: str | None
+    status: str
+    """"done", "skipped" or "failed"."""
+    message: str = ""
+    """Why it was skipped or failed."""
+    seconds: float = 0.0
+    size: tuple[int, int] | None = None
+    """Width and height of the result."""
+    tile: int | None = None
+    """Edge of the tiles it was computed in, 0 for none."""
+    dtype: str | None = None
+    """Precision it was computed in."""
+
+
+def plan(
+    inputs: Sequence[Path],
+    output: Path | None,
+    *,
+    scale: int,
+    suffix: str | None = None,
+    ext: str = "auto",
+    recursive: bool = True,
+) -> list[Job]:
+    """Jobs for files and folders, in order.
+
+    A folder's images keep their sub-folders below `output` (default: a folder beside it, named
+    `<folder>_x<scale>`); a file's result goes into `output`, or is `output` where that has an image
+    extension (default: beside the file). The suffix is by default `_x<scale>` for results beside
+    their source and empty elsewhere; `ext` "auto" keeps the extension where it can be written and
+    is .png otherwise. Results of an earlier run that lie among the inputs are not upscaled again.
+
+    Raises:
+        ValueError: `output` names one file for several inputs.
+    """
+    exact = output is not None and output.suffix.lower() in FORMATS and not output.is_dir()
+    if exact and (len(inputs) > 1 or inputs[0].is_dir()):
+        raise ValueError(f"output {str(output)!r} is one file, but there may be several results")
+    if exact:
+        same = _key(output) == _key(inputs[0])
+        return [Job(inputs[0], output, error=f"{output} is the input itself" if same else "")]
+    jobs = []
+    for path in inputs:
+        if not path.is_dir():
+            jobs.append(_job(path, output or path.parent, scale, suffix, ext))
+            continue
+        named = path if path.name not in ("", "..") else path.resolve()
+        folder = output or named.with_name(f"{named.name}_x{scale}")
+        found, troubles = _scan(path, recursive, None if _key(folder) == _key(path) else folder)
+        jobs += [Job(path, error=trouble) for trouble in troubles]
+        if not found and not troubles:
+            jobs.append(Job(path, error=f"no images in this folder ({' '.join(READ_EXTENSIONS)})"))
+        jobs += [
+            _job(file, folder / file.parent.relative_to(path), scale, suffix, ext) for file in found
+        ]
+    return _without_clashes(jobs)
+
+
+def process(
+    jobs: Iterable[Job],
+    upscaler: Upscaler,
+    *,
+    overwrite: bool = False,
+    strip_metadata: bool = False,
+    max_pixels: int = images.MAX_PIXELS,
+    progress: Progress | None = None,
+) -> Iterator[Result]:
+    """Do the jobs in order; one that fails is a result like any other.
+
+    `strip_metadata` leaves out EXIF, XMP and resolution; the colour profile stays, for without it
+    the colours would change. `progress` gets (tiles done, tiles in all) of the present image.
+    """
+    for job in jobs:
+        start = time.perf_counter()
+        names = str(job.source), str(job.target) if job.target else None
+        skip = job.skip
+        if job.target and not job.error and not overwrite and job.target.exists():
+            skip = "exists already"
+        if skip:
+            yield Result(*names, "skipped", skip)
+            continue
+        try:
+            if job.error:
+                raise ValueError(job.error)
+            picture = images.read(job.source, max_pixels)
+            pixels = _upscale(picture.pixels, job.target, upscaler, progress)
+            metadata = picture.metadata
+            if strip_metadata:
+                metadata = Metadata(icc=metadata.icc)
+            images.write(job.target, Picture(pixels, metadata))
+        except FILE_ERRORS as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            text = text if text.startswith(names[0]) else f"{names[0]}: {text}"
+            yield Result(*names, "failed", text, seconds=_since(start))
+            continue
+        height, width = pixels.shape[:2]
+        how = dataclasses.asdict(upscaler.outcome)
+        yield Result(*names, "done", seconds=_since(start), size=(width, height), **how)
+
+
+def _upscale(
+    pixels: np.ndarray, target: Path, upscaler: Upscaler, progress: Progress | None
+) -> np.ndarray:
+    """The network's work, begun only when the result can be stored."""
+    bits = 8 * pixels.itemsize
+    opaque = pixels.shape[2] in (2, 4) and pixels[..., -1].min() == np.iinfo(pixels.dtype).max
+    if opaque and FORMATS[target.suffix.lower()] in ("JPEG", "BMP"):
+        pixels = pixels[..., :-1]  # nothing is lost
+    height, width, channels = pixels.shape
+    check_output(target, height * upscaler.scale, width * upscaler.scale, channels, bits=bits)
+    parent = next(p for p in target.absolute().parents if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"{target}: cannot be written: no permission in {parent}")
+    return upscaler.array(pixels, progress)
+
+
+def _job(source: Path, folder: Path, scale: int, suffix: str | None, ext: str) -> Job:
+    beside = _key(folder) == _key(source.parent)
+    if suffix is None:
+        suffix = f"_x{scale}" if beside else ""
+    kept = source.suffix if source.suffix.lower() in FORMATS else ".png"
+    target = folder / f"{source.stem}{suffix}{kept if ext == 'auto' else f'.{ext}'}"
+    if _key(target) == _key(source):
+        return Job(source, target, error="the result would replace the input; give --suffix or -o")
+    return Job(source, target)
+
+
+def _without_clashes(jobs: list[Job]) -> list[Job]:
+    """Mark inputs that are results of others, and results that two inputs would share."""
+    sources = {_key(job.source): job.source for job in jobs}
+    owner: dict[str, Path] = {}
+    checked = []
+    for job in jobs:
+        if job.target and not job.error:
+            key = _key(job.target)
+            if key in owner:
+                taken = f"{job.target} is already the result of {owner[key]}; use --suffix or --ext"
+                job = dataclasses.replace(job, error=taken)
+            elif key in sources and job.target.stem == job.source.stem:
+                job = dataclasses.replace(job, error=f"the result would replace {sources[key]}")
+            else:
+                owner[key] = job.source
+        checked.append(job)
+    return [
+        Job(job.source, skip=f"is the result of {owner[_key(job.source)]}")
+        if _key(job.source) in owner and owner[_key(job.source)] != job.source
+        else job
+        for job in checked
+    ]
+
+
+def _scan(root: Path, recursive: bool, leave_out: Path | None) -> tuple[list[Path], list[str]]:
+    """Images below `root`, sorted, hidden ones not; and what could not be looked into."""
+    found, troubles = [], []
+    omitted = _key(leave_out) if leave_out else None
+
+    def note(error: OSError) -> None:
+        troubles.append(f"{error.filename}: {error.strerror}")
+
+    for folder, below, files in os.walk(root, onerror=note):
+        here = Path(folder)
+        below[:] = sorted(
+            name
+            for name in below
+            if recursive and not name.startswith(".") and _key(here / name) != omitted
+        )
+        found += [
+            here / name
+            for name in sorted(files)
+            if not name.startswith(".") and Path(name).suffix.lower() in READ_EXTENSIONS
+        ]
+    return found, troubles
+
+
+def _key(path: Path) -> str:
+    """The same for all names of one file."""
+    return os.path.normcase(os.path.realpath(path))
+
+
+def _since(start: float) -> float:
+    return round(time.perf_counter() - start, 3)

@@ -1,0 +1,208 @@
+"""`efrdn upscale`: image files and folders, 2, 3 or 4 times as large."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from . import _options
+
+HELP = "upscale image files and folders"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="image or folder")
+    parser.add_argument(
+        "-i", "--input", action="append", default=[], type=Path, metavar="INPUT", help="the same"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="folder for the results, or a file name for one image "
+        "(default: beside an image; FOLDER_x4 for a folder)",
+    )
+    parser.add_argument(
+        "-s",
+        "--scale",
+        "--outscale",
+        type=int,
+        choices=(2, 3, 4),
+        help="factor (default: that of the model, else 4)",
+    )
+    parser.add_argument(
+        "-n", "--model", "--model-name", help="x2, x3, x4 or a checkpoint (default: x<scale>)"
+    )
+    parser.add_argument(
+        "--suffix",
+        help="put behind the names of results (default: _x4 beside the input, else none)",
+    )
+    parser.add_argument(
+        "--ext",
+        choices=("auto", "png", "jpg", "webp", "tiff", "bmp"),
+        default="auto",
+        help="format of the results; auto keeps that of the input (default: auto)",
+    )
+    parser.add_argument(
+        "--recursive",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="folders with their sub-folders (default: yes)",
+    )
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--skip-existing",
+        dest="overwrite",
+        action="store_false",
+        default=False,
+        help="leave out what has a result already (default)",
+    )
+    existing.add_argument(
+        "--overwrite", action="store_true", help="replace earlier results"
+    )
+    parser.add_argument(
+        "--strip-metadata",
+        action="store_true",
+        help="leave out EXIF, XMP and resolution; the colour profile stays",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=_positive,
+        metavar="N",
+        help="refuse larger images as decompression bombs (default: 178956970)",
+    )
+    parser.add_argument(
+        "--json-summary", type=Path, metavar="FILE", help="write what became of every image"
+    )
+    tiles = parser.add_argument_group("tiles, for images that do not fit in memory")
+    tiles.add_argument(
+        "-t",
+        "--tile",
+        type=_tile,
+        metavar="N",
+        help="edge in pixels; 0: never; auto: only when memory runs out (default: auto)",
+    )
+    tiles.add_argument(
+        "--tile-pad",
+        "--tile_pad",
+        type=_natural,
+        metavar="N",
+        help="pixels that neighbouring tiles share (default: 16)",
+    )
+    _options.add_runtime(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    inputs = args.inputs + args.input
+    if not inputs:
+        args.usage_error("no input: name an image or a folder")
+    from tqdm import tqdm
+
+    from ..batch import plan, process
+    from ..images import MAX_PIXELS
+    from ..upscaler import Upscaler
+
+    start = time.perf_counter()
+    upscaler = Upscaler(
+        args.scale,
+        args.model,
+        tile=args.tile,
+        overlap=args.tile_pad,
+        device=args.device,
+        dtype=args.dtype,
+        backend=args.backend,
+    )
+    try:
+        jobs = plan(
+            inputs,
+            args.output,
+            scale=upscaler.scale,
+            suffix=args.suffix,
+            ext=args.ext,
+            recursive=args.recursive,
+        )
+    except ValueError as error:
+        args.usage_error(str(error))
+    results = []
+    # Off when stderr is no terminal.
+    with tqdm(total=len(jobs), unit="image", disable=None, file=sys.stderr) as bar:
+
+        def show(done: int, count: int) -> None:
+            bar.n = len(results) + done / count
+            if count > 1:
+                bar.set_postfix_str(f"tile {done}/{count}", refresh=False)
+            bar.refresh()
+
+        try:
+            for result in process(
+                jobs,
+                upscaler,
+                overwrite=args.overwrite,
+                strip_metadata=args.strip_metadata,
+                max_pixels=args.max_pixels or MAX_PIXELS,
+                progress=show,
+            ):
+                results.append(result)
+                bar.n = len(results)
+                bar.refresh()
+                if result.status == "failed":
+                    tqdm.write(f"efrdn upscale: error: {result.message}", file=sys.stderr)
+                elif result.status == "done":
+                    size = "x".join(map(str, result.size))
+                    tqdm.write(f"{result.input} -> {result.output} ({size})", file=sys.stdout)
+        finally:
+            counts = {
+                status: sum(result.status == status for result in results)
+                for status in ("done", "skipped", "failed")
+            }
+            seconds = round(time.perf_counter() - start, 1)
+            if args.json_summary:
+                _write_summary(args.json_summary, counts, seconds, upscaler, results)
+    skipped = f"{counts['skipped']} skipped"
+    if counts["skipped"] and not args.overwrite:
+        skipped += " (results exist; --overwrite replaces them)"
+    print(f"{counts['done']} upscaled, {skipped}, {counts['failed']} failed, {seconds} s")
+    return 1 if counts["failed"] else 0
+
+
+def _write_summary(path: Path, counts: dict, seconds: float, upscaler, results: list) -> None:
+    import dataclasses
+
+    import torch
+
+    from .. import __version__
+    from ..checkpoint import atomic_write
+
+    summary = {
+        **counts,
+        "seconds": seconds,
+        "scale": upscaler.scale,
+        "device": str(upscaler.device),
+        "efrdn_fast": __version__,
+        "torch": torch.__version__,
+        "images": [dataclasses.asdict(result) for result in results],
+    }
+    atomic_write(path, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not _natural(text):
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def _tile(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if 0 < _natural(text) < 3:
+        raise argparse.ArgumentTypeError("a tile must be at least 3 pixels; 0 for none, or auto")
+    return int(text)
