@@ -285,8 +285,6 @@ class _Session:
         bar = tqdm(total=total, initial=trainer.step, unit="step", smoothing=0.05, disable=None)
         try:
             for lr, hr in batches:
-                if stop or (run.minutes and time.monotonic() - self.started > 60 * run.minutes):
-                    break
                 losses.append(trainer.train_step(lr, hr))
                 bar.update()
                 if trainer.bad_streak >= BAD_STEPS_LIMIT:
@@ -310,6 +308,8 @@ class _Session:
                 if trainer.step % run.save_freq == 0 or trainer.step == total:
                     self.save()
                     saved = trainer.step
+                if stop or (run.minutes and time.monotonic() - self.started > 60 * run.minutes):
+                    break
         finally:
             bar.close()
         if saved != trainer.step and not trainer.bad_streak:
