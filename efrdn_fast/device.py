@@ -69,9 +69,11 @@ def free_memory(device: torch.device) -> int | None:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 limits.append(int(line.split()[1]) * 1024)
-        used = int((CGROUP / "memory.current").read_text())
-        limits.append(int((CGROUP / "memory.max").read_text()) - used)  # "max": no limit
-    except (OSError, ValueError):
+        limit = int((CGROUP / "memory.max").read_text())  # ValueError on "max": no limit
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        cache = int(stat["inactive_file"])  # counted as used, but given back when needed
+        limits.append(limit - int((CGROUP / "memory.current").read_text()) + cache)
+    except (OSError, ValueError, KeyError):
         pass
     return min(limits) if device.type == "cpu" and limits else None
 
