@@ -106,6 +106,10 @@ def nhwc(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
     return torch.full((n, h, w, c), torch.nan, dtype=dtype).permute(0, 3, 1, 2)
 
 
+def nan_like(tensor: Tensor) -> Tensor:
+    return torch.full_like(tensor, torch.nan)
+
+
 def run_gcrb(x: Tensor, params: list[Tensor], groups: int, order: str = "forward") -> Tensor:
     n, c, h, w = x.shape
     arrays = {"x": x, "y": nhwc(n, c, h, w, x.dtype), **dict(zip(NAMES, params, strict=True))}
@@ -175,3 +179,81 @@ def test_gcrb_forward_beyond_32_bits(dtype):
     numbers = {"N": n, "C": c, "H": h, "W": w, "M": 8, "groups": 2}
     arrays |= dict(zip(NAMES, params, strict=True))
     assert torch.equal(simt.run("gcrb_fwd", arrays, numbers)["y"], near)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype"),
+    [(1, 6, torch.float32), (256, 40, torch.float16), (300, 33, torch.float32)],
+)
+def test_reduce_rows(rows, columns, dtype):
+    """Column sums into two targets; more than 256 rows take two launches."""
+    values = torch.randn(rows, columns)
+    arrays = {
+        "rows": values,
+        "first": torch.full((columns - 5,), torch.nan, dtype=dtype),
+        "second": torch.full((5,), torch.nan, dtype=dtype),
+    }
+    out = simt.run("reduce_rows", arrays, {"rows": rows, "columns": columns})
+    got = torch.cat((out["first"], out["second"]))
+    testing.assert_close_to_reference(got, lambda v: v.sum(0), [values], dtype=dtype)
+
+
+def acrb_slice(shape, width: int, start: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Channels `start` .. of an NHWC map of `width` channels that is NaN elsewhere."""
+    n, d, h, w = shape
+    whole = nhwc(n, width, h, w, dtype)
+    return whole.narrow(1, start, d).copy_(testing.make_input(shape, dtype, seed=seed))
+
+
+ACRB_CASES = [
+    # shape of the slice, channels of x, start, channels of the result, its start, dtype
+    pytest.param((1, 9, 1, 1), 32, 23, 59, 0, torch.float32, id="1x1"),
+    pytest.param((1, 9, 1, 5), 32, 23, 59, 9, torch.float16, id="1x5-fp16"),
+    pytest.param((2, 9, 5, 7), 32, 0, 9, 0, torch.bfloat16, id="N2-5x7-bf16"),
+    pytest.param((2, 9, 9, 37), 32, 23, 59, 18, torch.float32, id="N2-9x37"),
+    pytest.param((1, 1, 3, 3), 4, 2, 2, 1, torch.float32, id="3x3-d1"),
+    pytest.param((1, 20, 9, 7), 20, 0, 23, 3, torch.float16, id="9x7-d20-fp16"),
+]
+
+
+def run_acrb(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, order: str = "forward") -> Tensor:
+    n, d, h, w = x.shape
+    arrays = {"x": x, "y": y, "weight": weight, "bias": bias}
+    return simt.run("acrb_fwd", arrays, {"N": n, "H": h, "W": w, "d": d}, order)["y"]
+
+
+@pytest.mark.parametrize(("shape", "width", "start", "out_width", "out_start", "dtype"), ACRB_CASES)
+def test_acrb_forward(shape, width, start, out_width, out_start, dtype):
+    n, d, h, w = shape
+    x = acrb_slice(shape, width, start, dtype)
+    weight, bias = draw(d, d, 3, 3), draw(d, seed=1)
+    out = torch.full((n, h, w, out_width), 7.0, dtype=dtype).permute(0, 3, 1, 2)
+    out.narrow(1, out_start, d).fill_(torch.nan)
+    y = run_acrb(x, weight, bias, out.narrow(1, out_start, d))
+    testing.assert_close_to_reference(y, reference.acrb, [x, weight, bias])
+    whole = torch.empty(0, dtype=dtype).set_(y.untyped_storage()).view(n, h, w, out_width)
+    others = [c for c in range(out_width) if not out_start <= c < out_start + d]
+    assert (whole[..., others] == 7).all()
+
+
+@pytest.mark.parametrize(("shape", "width", "start", "out_width", "out_start", "dtype"), ACRB_CASES)
+def test_acrb_backward(shape, width, start, out_width, out_start, dtype):
+    n, d, h, w = shape
+    x = acrb_slice(shape, width, start, dtype)
+    grad_y = acrb_slice(shape, out_width, out_start, dtype, seed=1)
+    weight, bias = draw(d, d, 3, 3), draw(d, seed=1)
+    grad_x = nhwc(n, width, h, w, dtype)
+    arrays = {"x": x, "grad_y": grad_y, "weight": weight, "bias": bias}
+    arrays["grad_x"] = grad_x.narrow(1, start, d)
+    arrays |= {"grad_weight": nan_like(weight), "grad_bias": nan_like(bias)}
+    numbers = {"N": n, "H": h, "W": w, "d": d, "before": start, "after": width - start - d}
+    results = [simt.run("acrb_bwd", arrays, numbers, order) for order in ("forward", "5")]
+    names = ("grad_x", "grad_weight", "grad_bias")
+    assert all(torch.equal(results[0][name], results[1][name]) for name in names)
+    out = [results[0][name] for name in names]
+    storage = torch.empty(0, dtype=dtype).set_(out[0].untyped_storage())
+    whole = storage.view(n, h, w, width).permute(0, 3, 1, 2)
+    assert (whole[:, :start] == 0).all()
+    assert (whole[:, start + d :] == 0).all()
+    exact = testing.gradients(reference.acrb, grad_y)
+    testing.assert_close_to_reference(out, exact, [x, weight, bias])

@@ -1,8 +1,10 @@
 // Runs one launcher of csrc/ on the CPU. Usage: runner <op> <case file> <result file>
 #include <cstring>
 
+#include "acrb.h"
 #include "case.h"
 #include "gcrb.h"
+#include "reduce.h"
 
 namespace {
 
@@ -21,10 +23,50 @@ cudaError_t gcrb_fwd(const Case& c) {
   return efrdn_fast::launch_gcrb_fwd(p, nullptr);
 }
 
+efrdn_fast::AcrbParams acrb_params(const Case& c) {
+  return {c.dtype("x"), c.number("N"), c.number("H"),    c.number("W"),  c.number("d"),
+          c.map("x"),   c.map("y"),    c.data("weight"), c.data("bias"), c.dtype("weight")};
+}
+
+cudaError_t acrb_fwd(const Case& c) { return efrdn_fast::launch_acrb_fwd(acrb_params(c), nullptr); }
+
+cudaError_t acrb_bwd(const Case& c) {
+  efrdn_fast::AcrbBackwardParams p{};
+  p.forward = acrb_params(c);
+  p.grad_y = c.map("grad_y");
+  p.grad_x = c.map("grad_x");
+  p.before = c.number("before");
+  p.after = c.number("after");
+  p.grad_weight = c.data("grad_weight");
+  p.grad_bias = c.data("grad_bias");
+  const efrdn_fast::AcrbParams& f = p.forward;
+  const simt::Buffer masked(f.n * f.h * f.w * f.d * sizeof(float));
+  const simt::Buffer partial(efrdn_fast::acrb_partial_floats(f) * sizeof(float));
+  p.masked = reinterpret_cast<float*>(masked.data());
+  p.partial = reinterpret_cast<float*>(partial.data());
+  return efrdn_fast::launch_acrb_bwd(p, nullptr);
+}
+
+cudaError_t reduce_rows(const Case& c) {
+  efrdn_fast::ReduceTargets targets;
+  targets.dtype = c.dtype("first");
+  targets.add(c.data("first"), c.number("columns") - 5);
+  targets.add(c.data("second"), 5);
+  const simt::Buffer partial(efrdn_fast::reduce_rows_room(c.number("rows")) * c.number("columns") *
+                             sizeof(float));
+  std::memcpy(partial.data(), c.data("rows"),
+              c.number("rows") * c.number("columns") * sizeof(float));
+  return efrdn_fast::launch_reduce_rows(reinterpret_cast<float*>(partial.data()), c.number("rows"),
+                                        c.number("columns"), targets, nullptr);
+}
+
 const struct {
   const char* name;
   cudaError_t (*run)(const Case&);
-} kOps[] = {{"gcrb_fwd", gcrb_fwd}};
+} kOps[] = {{"gcrb_fwd", gcrb_fwd},
+            {"acrb_fwd", acrb_fwd},
+            {"acrb_bwd", acrb_bwd},
+            {"reduce_rows", reduce_rows}};
 
 }  // namespace
 
