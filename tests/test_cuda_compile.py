@@ -1,18 +1,20 @@
-"""Every CUDA source compiles for sm_80 and sm_90a, and no kernel spills registers."""
+"""The CUDA library builds for sm_80 and sm_90a; no kernel spills registers; its ops load."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
-SOURCES = sorted(CSRC.glob("*.cu"))
+from efrdn_fast.errors import BuildError
+from efrdn_fast.kernels import _build
+
 ARCHITECTURES = ("sm_80", "sm_90a")
+SOURCES = sorted(path.name for path in _build.CSRC.glob("*.cu"))
 ENTRY = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
@@ -22,27 +24,37 @@ ENTRY = re.compile(
 
 
 @pytest.fixture(scope="module")
-def nvcc() -> str:
-    found = shutil.which("nvcc")
-    if not found and os.environ.get("CI") == "true":
-        pytest.fail("nvcc is not on PATH; the CUDA sources cannot be checked")
-    if not found:
-        pytest.skip("nvcc is not on PATH")
-    return found
+def build() -> _build.Plan:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+        try:
+            return _build.plan("cuda")
+        except BuildError as error:
+            if os.environ.get("CI") == "true":
+                pytest.fail(str(error))
+            pytest.skip(str(error))
 
 
-def test_sources_are_found():
-    assert "gcrb.cu" in {source.name for source in SOURCES}
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cuda")
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_compiles_without_spills(nvcc, source, tmp_path):
-    targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
-    command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", *targets, "-c", str(source)]
-    done = subprocess.run([*command, "-o", str(tmp_path / "out.o")], capture_output=True, text=True)
+def compile_object(build: _build.Plan, source: str, folder: Path, *flags: str) -> str:
+    """Compile one source as the JIT build does; what the compiler printed."""
+    name, path, command = next(job for job in build.jobs if job[1].name == source)
+    done = subprocess.run(
+        [*command, *flags, str(path), "-o", str(folder / name)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[:4000]
-    entries = list(ENTRY.finditer(done.stderr))
-    assert done.stderr.count("Compiling entry function") == len(entries) > 0
+    return done.stderr
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiles_without_spills(build, folder, source):
+    report = compile_object(build, source, folder, "-Xptxas", "-v")
+    entries = list(ENTRY.finditer(report))
+    assert report.count("Compiling entry function") == len(entries) > 0
     assert {entry["arch"] for entry in entries} == set(ARCHITECTURES)
     spilled = [
         f"{e['kernel']} for {e['arch']}: {e['stores']} bytes stored, {e['loads']} loaded"
@@ -50,3 +62,28 @@ def test_compiles_without_spills(nvcc, source, tmp_path):
         if int(e["stores"]) or int(e["loads"]) or int(e["stack"])
     ]
     assert not spilled, "\n".join(spilled)
+
+
+def test_library_links_and_registers_its_ops(build, folder):
+    for name, path, _ in build.jobs:
+        if not (folder / name).exists():
+            compile_object(build, path.name, folder)
+    objects = [str(folder / name) for name, _, _ in build.jobs]
+    at = build.link.index("@")
+    library = folder / "efrdn_fast_cuda.so"
+    link = [*build.link[:at], *objects, *build.link[at + 1 :], "-o", str(library)]
+    done = subprocess.run(link, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    binding = (_build.CSRC / "ops_cuda.cpp").read_text()
+    names = re.findall(r'm\.impl\("(\w+)"', binding)
+    program = (
+        "import sys, torch\n"
+        "torch.ops.load_library(sys.argv[1])\n"
+        "for name in sys.argv[2:]:\n"
+        "    print(getattr(torch.ops.efrdn_fast_ext, name).default._schema)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(library), *names], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[:4000]
+    assert len(done.stdout.splitlines()) == len(names) > 0
