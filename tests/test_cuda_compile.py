@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from efrdn_fast.kernels import _build
 
 from efrdn_fast.errors import BuildError
-from efrdn_fast.kernels import _build
 
 ARCHITECTURES = ("sm_80", "sm_90a")
 SOURCES = sorted(path.name for path in _build.CSRC.glob("*.cu"))
