@@ -3,7 +3,7 @@
 | variable | values | default |
 |---|---|---|
 | `EFRDN_FAST_BACKEND` | `auto`, `reference`, `triton`, `cuda`, `cpu` | `auto` |
-| `EFRDN_FAST_CACHE_DIR` | folder for builds | `$XDG_CACHE_HOME/efrdn_fast`, `~/.cache/efrdn_fast` |
+| `EFRDN_FAST_CACHE_DIR` | folder for builds | `efrdn_fast` in TORCH_EXTENSIONS_DIR or `~/.cache` |
 | `EFRDN_FAST_VERBOSE_BUILD` | `0`, `1` | `0` |
 | `EFRDN_FAST_DATA` | folder with benchmark and training images | unset |
 """
@@ -37,6 +37,8 @@ def backend() -> str:
 def cache_dir() -> Path:
     """Folder that holds what the JIT build makes; need not exist yet.
 
+    EFRDN_FAST_CACHE_DIR, else `efrdn_fast` in TORCH_EXTENSIONS_DIR, XDG_CACHE_HOME or `~/.cache`.
+
     Raises:
         ValueError: EFRDN_FAST_CACHE_DIR exists and is no folder.
     """
@@ -46,7 +48,7 @@ def cache_dir() -> Path:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"EFRDN_FAST_CACHE_DIR must be a folder, got the file {value!r}")
         return folder
-    base = os.environ.get("XDG_CACHE_HOME")
+    base = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "efrdn_fast"
 
 

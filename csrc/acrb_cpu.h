@@ -1,0 +1,26 @@
+// ACRB on the CPU: arguments and entry points.
+#pragma once
+
+#include "cpu.h"
+
+namespace efrdn_fast {
+
+// y = xs + relu(conv3x3(xs) + bias), xs the D channels at x.
+struct AcrbArgs {
+  Dtype dtype;
+  int64_t n, d, h, w;
+  Map x, y;             // x points at the first channel of the slice, y at its place
+  const float* weight;  // [D in, 3, 3, D out]
+  const float* bias;    // [D]
+};
+
+// Floats of working memory per thread.
+inline size_t acrb_forward_scratch(const AcrbArgs& a) {
+  return static_cast<size_t>(4 * a.d * row_stride(a.w));
+}
+
+// Rows [begin, end) of the N * H output rows.
+EFRDN_FAST_KERNEL(void acrb_forward(const AcrbArgs& args, int64_t begin, int64_t end,
+                                    float* scratch))
+
+}  // namespace efrdn_fast
