@@ -140,7 +140,8 @@ class Upscaler:
 
     def array(self, pixels: np.ndarray, progress: Progress | None = None) -> np.ndarray:
         """uint8 or uint16 `[H, W]` or `[H, W, C]` -> the same."""
-        if pixels.dtype not in (np.uint8, np.uint16):
+        native = pixels.dtype.newbyteorder("=")
+        if native not in (np.uint8, np.uint16):
             raise TypeError(
                 f"upscale: arrays must be uint8 or uint16, got {pixels.dtype}; "
                 "floating images go in as tensors [C, H, W] in [0, 1]"
@@ -149,8 +150,8 @@ class Upscaler:
             raise ValueError(
                 f"upscale: arrays must be [H, W] or [H, W, C], got {list(pixels.shape)}"
             )
-        native = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("="))
-        planes = torch.from_numpy(native if native.flags.writeable else native.copy())
+        memory = np.ascontiguousarray(pixels, native)
+        planes = torch.from_numpy(memory if memory.flags.writeable else memory.copy())
         planes = planes[..., None] if pixels.ndim == 2 else planes
         result = self.tensor(planes.permute(2, 0, 1), progress).permute(1, 2, 0).numpy()
         return result[..., 0] if pixels.ndim == 2 else result
