@@ -92,7 +92,6 @@ class _AfterImport(MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            sys.modules[fullname] = module
             _register()
 
         spec.loader.exec_module = exec_module

@@ -38,6 +38,7 @@ def table(monkeypatch):
         monkeypatch.setattr(dispatch, "implementation", load)
         monkeypatch.setattr(dispatch, "_exists", lambda target: True)
         monkeypatch.setattr(dispatch, "_winners", dict)
+        monkeypatch.setattr(env, "backend", lambda: "auto")
         monkeypatch.setattr(dispatch, "_warned", False)
         dispatch._resolve.cache_clear()
 
@@ -220,7 +221,8 @@ def test_env_backend(monkeypatch, fresh_env):
 
 
 def test_env_folders(monkeypatch, tmp_path):
-    monkeypatch.delenv("EFRDN_FAST_CACHE_DIR", raising=False)
+    for name in ("EFRDN_FAST_CACHE_DIR", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert env.cache_dir() == tmp_path / "efrdn_fast"
     monkeypatch.setenv("EFRDN_FAST_CACHE_DIR", str(tmp_path / "builds"))
