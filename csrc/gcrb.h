@@ -23,10 +23,21 @@ struct GcrbParams {
   GcrbWeights weights;
 };
 
+// Gradients of the same op, all recomputed from x.
+struct GcrbBackwardParams {
+  GcrbParams forward;  // y is not read
+  Map grad_y, grad_x;  // grad_x: contiguous, channels last
+  void *grad_w1, *grad_b1, *grad_w2, *grad_b2, *grad_w3, *grad_b3;  // of weights.dtype
+  float* partial;                                                   // gcrb_partial_floats()
+};
+
 // Largest sizes that the kernels take; 32 channels with 8 in the middle have kernels of their own.
 constexpr int64_t kGcrbMaxC = 64, kGcrbMaxM = 16;
 
 // cudaErrorInvalidValue for larger sizes.
 cudaError_t launch_gcrb_fwd(const GcrbParams& params, cudaStream_t stream);
+cudaError_t launch_gcrb_bwd(const GcrbBackwardParams& params, cudaStream_t stream);
+
+int64_t gcrb_partial_floats(const GcrbParams& params);
 
 }  // namespace efrdn_fast

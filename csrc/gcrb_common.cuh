@@ -151,6 +151,41 @@ __device__ void expand(const float (&mid)[L::kReach], const float (&weight)[L::k
   }
 }
 
+// Sums `values` over all pixels of the block, that is over the threads of the same lane, in a fixed
+// order, and gives sink(i, lane, sum) each result once. All threads of the block take part;
+// `shared` is free again afterwards.
+template <class L, int Threads>
+struct GcrbBlockSum {
+  static constexpr int kWarps = Threads / kWarp, kBatch = 384 / L::kLanes;
+  float shared[kWarps][kBatch][L::kLanes];
+
+  template <int Count, class Sink>
+  __device__ void operator()(const float (&values)[Count], const Sink& sink) {
+    const int warp = threadIdx.x / kWarp;
+#pragma unroll
+    for (int first = 0; first < Count; first += kBatch) {
+      const int count = Count - first < kBatch ? Count - first : kBatch;
+#pragma unroll
+      for (int i = 0; i < kBatch; i++) {
+        if (first + i >= Count) break;
+        float value = values[first + i];
+#pragma unroll
+        for (int lanes = L::kLanes; lanes < kWarp; lanes *= 2)
+          value += __shfl_xor_sync(kAllLanes, value, lanes);
+        if (threadIdx.x % kWarp < L::kLanes) shared[warp][i][threadIdx.x % kWarp] = value;
+      }
+      __syncthreads();
+      for (int i = threadIdx.x; i < count * L::kLanes; i += Threads) {
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < kWarps; w++) sum += shared[w][i / L::kLanes][i % L::kLanes];
+        sink(first + i / L::kLanes, i % L::kLanes, sum);
+      }
+      __syncthreads();
+    }
+  }
+};
+
 // Calls a template of (C, M, groups, vector, exact): the network's width, else the padded layout.
 // EFRDN_FAST_GCRB_SWITCH(params, vector, return run<T, L>(args)) defines the layout L.
 #define EFRDN_FAST_GCRB_SWITCH(p, vector, ...)                         \

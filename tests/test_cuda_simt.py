@@ -147,6 +147,27 @@ def test_gcrb_forward(shape, mid, groups, dtype, layout):
     testing.assert_close_to_reference(y, exact, [x, *params])
 
 
+@pytest.mark.parametrize(("shape", "mid", "groups", "dtype", "layout"), GCRB_CASES)
+def test_gcrb_backward(shape, mid, groups, dtype, layout):
+    n, c, h, w = shape
+    x = testing.make_input(shape, dtype, layout=layout)
+    grad_y = testing.make_input(shape, dtype, layout="channels_last", seed=1)
+    params = gcrb_params(c, mid, groups)
+    arrays = {"x": x, "grad_y": grad_y, **dict(zip(NAMES, params, strict=True))}
+    arrays["grad_x"] = nhwc(n, c, h, w, dtype)
+    arrays |= {f"grad_{name}": nan_like(p) for name, p in zip(NAMES, params, strict=True)}
+    numbers = {"N": n, "C": c, "H": h, "W": w, "M": mid, "groups": groups}
+    results = [simt.run("gcrb_bwd", arrays, numbers, order) for order in ("forward", "5")]
+    out, again = ([r[f"grad_{name}"] for name in ("x", *NAMES)] for r in results)
+    assert all(torch.equal(a, b) for a, b in zip(out, again, strict=True))
+
+    def forward(x, *params):
+        return reference.gcrb(x, *params, groups=groups)
+
+    exact = testing.gradients(forward, grad_y)
+    testing.assert_close_to_reference(out, exact, [x, *params])
+
+
 def test_gcrb_forward_half_weights():
     x = testing.make_input((1, 32, 5, 7), torch.float16, layout="channels_last")
     params = gcrb_params(32, 8, 2, torch.float16)

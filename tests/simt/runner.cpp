@@ -16,11 +16,29 @@ efrdn_fast::GcrbWeights gcrb_weights(const Case& c) {
           c.data("w3"), c.data("b3"), c.dtype("w1")};
 }
 
-cudaError_t gcrb_fwd(const Case& c) {
-  const efrdn_fast::GcrbParams p{c.dtype("x"),  c.number("N"),  c.number("C"),      c.number("H"),
-                                 c.number("W"), c.number("M"),  c.number("groups"), c.map("x"),
-                                 c.map("y"),    gcrb_weights(c)};
-  return efrdn_fast::launch_gcrb_fwd(p, nullptr);
+efrdn_fast::GcrbParams gcrb_params(const Case& c) {
+  return {c.dtype("x"),  c.number("N"),      c.number("C"), c.number("H"), c.number("W"),
+          c.number("M"), c.number("groups"), c.map("x"),    c.map("y"),    gcrb_weights(c)};
+}
+
+cudaError_t gcrb_fwd(const Case& c) { return efrdn_fast::launch_gcrb_fwd(gcrb_params(c), nullptr); }
+
+float* floats(const simt::Buffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }
+
+cudaError_t gcrb_bwd(const Case& c) {
+  efrdn_fast::GcrbBackwardParams p{};
+  p.forward = gcrb_params(c);
+  p.grad_y = c.map("grad_y");
+  p.grad_x = c.map("grad_x");
+  p.grad_w1 = c.data("grad_w1");
+  p.grad_b1 = c.data("grad_b1");
+  p.grad_w2 = c.data("grad_w2");
+  p.grad_b2 = c.data("grad_b2");
+  p.grad_w3 = c.data("grad_w3");
+  p.grad_b3 = c.data("grad_b3");
+  const simt::Buffer partial(efrdn_fast::gcrb_partial_floats(p.forward) * sizeof(float));
+  p.partial = floats(partial);
+  return efrdn_fast::launch_gcrb_bwd(p, nullptr);
 }
 
 efrdn_fast::AcrbParams acrb_params(const Case& c) {
@@ -42,8 +60,8 @@ cudaError_t acrb_bwd(const Case& c) {
   const efrdn_fast::AcrbParams& f = p.forward;
   const simt::Buffer masked(f.n * f.h * f.w * f.d * sizeof(float));
   const simt::Buffer partial(efrdn_fast::acrb_partial_floats(f) * sizeof(float));
-  p.masked = reinterpret_cast<float*>(masked.data());
-  p.partial = reinterpret_cast<float*>(partial.data());
+  p.masked = floats(masked);
+  p.partial = floats(partial);
   return efrdn_fast::launch_acrb_bwd(p, nullptr);
 }
 
@@ -56,14 +74,15 @@ cudaError_t reduce_rows(const Case& c) {
                              sizeof(float));
   std::memcpy(partial.data(), c.data("rows"),
               c.number("rows") * c.number("columns") * sizeof(float));
-  return efrdn_fast::launch_reduce_rows(reinterpret_cast<float*>(partial.data()), c.number("rows"),
-                                        c.number("columns"), targets, nullptr);
+  return efrdn_fast::launch_reduce_rows(floats(partial), c.number("rows"), c.number("columns"),
+                                        targets, nullptr);
 }
 
 const struct {
   const char* name;
   cudaError_t (*run)(const Case&);
 } kOps[] = {{"gcrb_fwd", gcrb_fwd},
+            {"gcrb_bwd", gcrb_bwd},
             {"acrb_fwd", acrb_fwd},
             {"acrb_bwd", acrb_bwd},
             {"reduce_rows", reduce_rows}};
