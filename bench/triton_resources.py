@@ -1,0 +1,203 @@
+"""Registers, shared memory, spills and matrix instructions of every Triton kernel, without a GPU.
+
+    python -m bench.triton_resources            compile and print the table
+    python -m bench.triton_resources --write    ... and write docs/triton_resources.md
+
+The launchers run on meta tensors and their launches are recorded, so what is compiled is what they
+would launch with the shipped configs. Each is compiled for six architectures and disassembled with
+the tools that Triton brings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from efrdn_fast.kernels import _launch, gcrb
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from efrdn_fast import cases
+
+__all__ = ["ARCHITECTURES", "TABLE", "Resources", "kernels", "measure", "render"]
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+TABLE = Path(__file__).resolve().parent.parent / "docs" / "triton_resources.md"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GCRB = cases.GcrbCase((1, 32, 180, 320))
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses."""
+
+    registers: int
+    """Of a thread."""
+    shared: int
+    """Bytes of a block."""
+    spills: int
+    """Instructions that read or write local memory."""
+    mma: int
+    """Matrix (tensor core) instructions."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch to compile, and where it comes from."""
+
+    name: str
+    launch: _launch.Launch
+    matrix: bool
+    """Tensor cores are meant to be used."""
+
+    @property
+    def config(self) -> str:
+        """Launch config as text."""
+        shown = ("PX", "Q", "num_warps", "num_stages")
+        return " ".join(f"{k}={v}" for k, v in self.launch.options.items() if k in shown)
+
+
+def _meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _recorded(name: str, launcher: Any, args: tuple[Any, ...]) -> Iterator[Kernel]:
+    with _launch.record() as launches:
+        launcher(*tree_map(_meta, args))
+    for i, launch in enumerate(launches):
+        part = f" {i + 1}/{len(launches)}" if len(launches) > 1 else ""
+        matrix = "tl.dot" in launch.kernel.src or "_dot(" in launch.kernel.src
+        yield Kernel(name + part, launch, matrix)
+
+
+def kernels() -> list[Kernel]:
+    """Every kernel that the launchers use for the network's shapes, in every dtype."""
+    found: list[Kernel] = []
+    for dtype in DTYPES:
+        short = str(dtype).removeprefix("torch.")
+        for groups in (1, 2, 4, 8) if dtype == torch.float32 else (2,):
+            case = cases.GcrbCase(GCRB.shape, groups=groups)
+            found += _recorded(f"gcrb g={groups} {short}", gcrb.gcrb, case.args(dtype))
+    return found
+
+
+def _signature(kernel: _launch.Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Types, constants and divisibility as Triton's runtime derives them from the arguments.
+
+    Pointers count as aligned to 16 bytes, as PyTorch allocates them.
+    """
+    divisible = [["tt.divisibility", 16]]
+    values = dict(zip(kernel.kernel.arg_names, kernel.args, strict=False)) | kernel.options
+    types, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            types[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            types[parameter.name] = "*" + _TYPES[value.dtype]
+            attributes[(i,)] = divisible
+        elif isinstance(value, float):
+            types[parameter.name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            types[parameter.name], constants[parameter.name] = "constexpr", 1
+        else:
+            types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(i,)] = divisible
+    return types, constants, attributes
+
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+}
+
+
+def compile_for(kernel: _launch.Launch, architecture: int) -> Any:
+    """The compiled kernel; Triton keeps it in its cache."""
+    types, constants, attributes = _signature(kernel)
+    source = ASTSource(kernel.kernel, types, constants, attributes)
+    options = {k: v for k, v in kernel.options.items() if k in ("num_warps", "num_stages")}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+@functools.cache
+def _disassembler() -> str:
+    return str(next(Path(triton.__file__).parent.rglob("cuobjdump")))
+
+
+def measure(kernel: _launch.Launch, architecture: int) -> Resources:
+    """Compile for one architecture (80 for sm_80) and read the machine code."""
+    compiled = compile_for(kernel, architecture)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run(
+                [_disassembler(), option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    return Resources(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        shared=compiled.metadata.shared,
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        mma=len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", code)),
+    )
+
+
+def render(rows: list[tuple[Kernel, list[Resources]]]) -> str:
+    """The table as Markdown."""
+    titles = ["kernel", "config", *(f"sm_{a}" for a in ARCHITECTURES), "spills"]
+    lines = [
+        "# Resources of the Triton kernels",
+        "",
+        f"Triton {triton.__version__}, written by `python -m bench.triton_resources --write`. "
+        "Each cell: registers of a thread / KiB of shared memory of a block",
+        "(matrix instructions). The last column is the number of instructions that spill, over "
+        "all architectures.",
+        "",
+        "| " + " | ".join(titles) + " |",
+        "|" + "---|" * len(titles),
+    ]
+    for kernel, columns in rows:
+        cells = [
+            f"{r.registers} / {r.shared / 1024:.1f}" + (f" ({r.mma})" if r.mma else "")
+            for r in columns
+        ]
+        spills = str(sum(r.spills for r in columns))
+        lines.append(f"| {' | '.join([kernel.name, kernel.config, *cells, spills])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write docs/triton_resources.md")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    args = parser.parse_args()
+    rows = [
+        (kernel, [measure(kernel.launch, a) for a in ARCHITECTURES])
+        for kernel in kernels()
+        if args.only in kernel.name
+    ]
+    text = render(rows)
+    if args.write:
+        TABLE.write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

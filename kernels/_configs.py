@@ -1,0 +1,62 @@
+"""Launch configs as data: `configs/<device>.json` where the device was tuned, else a heuristic.
+
+A file maps op -> variant (dtype and channels) -> pixels N H W -> config, and is written only by
+`python -m bench.tune` on the device itself. The entry with the nearest pixel count serves.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["FOLDER", "file_name", "lookup", "processors"]
+
+FOLDER = Path(__file__).parent / "configs"
+_log = logging.getLogger(__name__)
+
+
+def file_name(device_name: str) -> str:
+    """`NVIDIA H200` -> `nvidia-h200.json`."""
+    return "-".join(device_name.lower().split()) + ".json"
+
+
+def lookup(op: str, variant: str, pixels: int, device: torch.device) -> dict[str, Any] | None:
+    """The tuned config of the nearest size, or None where the device has none for it."""
+    if device.type != "cuda":
+        return None
+    return _nearest(torch.cuda.get_device_name(device), op, variant, pixels)
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest(device_name: str, op: str, variant: str, pixels: int) -> dict[str, Any] | None:
+    sizes = _table(device_name).get(op, {}).get(variant, {})
+    if not sizes:
+        return None
+    return sizes[min(sizes, key=lambda size: abs(math.log(int(size) / pixels)))]
+
+
+@functools.cache
+def _table(device_name: str) -> dict[str, Any]:
+    path = FOLDER / file_name(device_name)
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    _log.info(
+        "no launch configs for %s, heuristic ones serve; `python -m bench.tune` writes %s",
+        device_name,
+        path.name,
+    )
+    return {}
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 1 for any other (interpreter)."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
