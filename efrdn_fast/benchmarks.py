@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
+from . import images
 from .data import SUFFIXES
 from .resize import imresize
 
@@ -180,28 +180,15 @@ def read_rgb(path: str | os.PathLike) -> np.ndarray:
     """8-bit RGB pixels `[H, W, 3]`; gray files get three equal channels.
 
     Raises:
-        ValueError: The file is unreadable, damaged, animated, transparent or not of 8 bits.
+        OSError, ValueError: The file is missing, damaged, transparent or not of 8 bits.
     """
-    try:
-        with Image.open(path) as image:
-            problem = _unsuitable(image)
-            pixels = None if problem else np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image: {error}") from error
+    pixels = images.read(path).pixels
+    problem = None
+    if pixels.dtype != np.uint8:
+        problem = "16 bits for a channel"
+    elif pixels.shape[2] in (2, 4) and pixels[..., -1].min() < 255:
+        problem = "transparent pixels"
     if problem:
         raise ValueError(f"{path}: {problem}; benchmark images are 8-bit RGB or gray")
-    return pixels
-
-
-def _unsuitable(image: Image.Image) -> str | None:
-    if getattr(image, "is_animated", False):
-        return "an animation"
-    # Pillow reads 16-bit RGB as 8-bit without a word; only the decoder's raw mode tells.
-    if image.mode.startswith(("I", "F")) or any(";16" in str(tile[3]) for tile in image.tile):
-        return "16 bits or more for a channel"
-    if image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA"):
-        return f"colour mode {image.mode}"
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        lowest = image.convert("RGBA").getchannel("A").getextrema()[0]
-        return None if lowest == 255 else "transparent"
-    return None
+    colours = 1 if pixels.shape[2] < 3 else 3
+    return np.array(np.broadcast_to(pixels[..., :colours], (*pixels.shape[:2], 3)))
