@@ -6,21 +6,6 @@ namespace efrdn_fast {
 namespace EFRDN_FAST_ISA {
 namespace {
 
-// w3 and b3 of a chunk of output channels in the lanes, zero where the group differs.
-template <class D>
-void pack_expand(const D& d, const GcrbArgs& a, float* w3, float* b3) {
-  const int cg = d.group_channels(), mg = d.group_mids();
-  for (int chunk = 0; chunk < chunks(d); ++chunk)
-    for (int i = 0; i < kLanes; ++i) {
-      const int c = chunk * kLanes + i;
-      b3[chunk * kLanes + i] = c < d.c() ? a.b3[c] : 0.0f;
-      for (int m = 0; m < d.m(); ++m) {
-        const bool joined = c < d.c() && c / cg == m / mg;
-        w3[(chunk * d.m() + m) * kLanes + i] = joined ? a.w3[c * mg + m % mg] : 0.0f;
-      }
-    }
-}
-
 // Parts 2 and 3 of one row and the residual.
 template <class D, class T>
 EFRDN_FAST_INLINE void finish_row(const D& d, const GcrbArgs& a, const float* const (&mid)[3],
@@ -53,10 +38,7 @@ EFRDN_FAST_INLINE void finish_row(const D& d, const GcrbArgs& a, const float* co
           else
             acc = fma(value, load(w + m * kLanes), acc);
         });
-        if (rest >= kLanes)
-          store(to + p * step_y, add(load(from + p * step_x), relu(acc)));
-        else
-          store(to + p * step_y, add(load(from + p * step_x, rest), relu(acc)), rest);
+        store_some(to + p * step_y, add(load_some(from + p * step_x, rest), relu(acc)), rest);
       }
     });
   }
@@ -70,7 +52,8 @@ void forward(const D& d, const GcrbArgs& a, int64_t begin, int64_t end, float* s
   float* b3 = block + d.m() * kLanes;
   float* w3 = b3 + chunks(d) * kLanes;
   memset(ring, 0, static_cast<size_t>(3 * ring_row) * sizeof(float));
-  pack_expand(d, a, w3, b3);
+  pad_bias(d, a.b3, b3);
+  spread(d, w3, [&](int c, int m) { return a.w3[c * d.group_mids() + m % d.group_mids()]; });
 
   const auto mid_row = [&](int64_t row) { return ring + (row + 3) % 3 * ring_row; };
   while (begin < end) {

@@ -67,6 +67,26 @@ EFRDN_FAST_INLINE void each_mid(const D& d, Chunk chunk, const F& f) {
   }
 }
 
+// Weights between a mid channel and a chunk of channels, the channels in the lanes:
+// out[(chunk * M + m) * kLanes + lane] = value(c, m), zero where the groups differ.
+template <class D, class F>
+void spread(const D& d, float* out, const F& value) {
+  const int cg = d.group_channels(), mg = d.group_mids();
+  for (int chunk = 0; chunk < chunks(d); ++chunk)
+    for (int m = 0; m < d.m(); ++m)
+      for (int i = 0; i < kLanes; ++i) {
+        const int c = chunk * kLanes + i;
+        out[(chunk * d.m() + m) * kLanes + i] =
+            c < d.c() && c / cg == m / mg ? value(c, m) : 0.0f;
+      }
+}
+
+// Bias of the output channels, zero up to a full chunk.
+template <class D>
+void pad_bias(const D& d, const float* bias, float* out) {
+  for (int c = 0; c < chunks(d) * kLanes; ++c) out[c] = c < d.c() ? bias[c] : 0.0f;
+}
+
 // out[m] = bias[m] + sum over the channels i of m's group of weight[m, i] * input[i], pixels in
 // the lanes. `fetch(chunk, r)` gives the transposed channels of a chunk; `weight` is
 // [M, C / groups], `bias` may be null.

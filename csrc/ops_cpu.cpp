@@ -80,6 +80,18 @@ Tensor empty_float(const Tensor& like) {
   return torch::stable::empty(like.sizes(), ScalarType::Float);
 }
 
+Tensor sum_strips(const float* partial, int64_t strips, int64_t stride, const Tensor& like) {
+  Tensor out = empty_float(like);
+  float* to = static_cast<float*>(out.data_ptr());
+  for (int64_t i = 0; i < like.numel(); ++i) {
+    double sum = 0.0;
+    for (int64_t strip = 0; strip < strips; ++strip) sum += partial[strip * stride + i];
+    to[i] = static_cast<float>(sum);
+  }
+  const ScalarType dtype = like.scalar_type();
+  return dtype == ScalarType::Float ? out : torch::stable::to(out, dtype);
+}
+
 Map map_of(const Tensor& x, int64_t start) {
   char* data = static_cast<char*>(x.data_ptr()) + start * static_cast<int64_t>(x.element_size());
   return {data, x.stride(0), x.stride(2), x.stride(3)};
@@ -93,6 +105,14 @@ Dtype dtype_of(const char* op, const Tensor& x) {
     default:
       STD_TORCH_CHECK(false, op, ": x must be float32, bfloat16 or float16, got another dtype");
   }
+}
+
+void check_gradient(const char* op, const Tensor& grad_y, const Tensor& x, int64_t channels) {
+  STD_TORCH_CHECK(x.dim() == 4 && grad_y.dim() == 4 && grad_y.scalar_type() == x.scalar_type() &&
+                      grad_y.size(0) == x.size(0) && grad_y.size(2) == x.size(2) &&
+                      grad_y.size(3) == x.size(3) &&
+                      grad_y.size(1) == (channels < 0 ? x.size(1) : channels),
+                  op, ": grad_y must have the dtype of x and the size of the output");
 }
 
 }  // namespace efrdn_fast

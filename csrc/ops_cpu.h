@@ -52,11 +52,22 @@ Map map_of(const Tensor& x, int64_t start = 0);
 // Raises for a dtype without a kernel; `op` heads the message.
 Dtype dtype_of(const char* op, const Tensor& x);
 
+// Raises unless grad_y has the size and dtype of y, [N, channels, H, W] for x.
+void check_gradient(const char* op, const Tensor& grad_y, const Tensor& x, int64_t channels = -1);
+
 // f(begin, end) over [0, rows) in threads; at least about 8,192 pixels to a thread.
 template <class F>
 void parallel_rows(int64_t rows, int64_t w, const F& f) {
   torch::stable::parallel_for(0, rows, 1 + 8192 / w, f);
 }
+
+// Rows of a strip: at least 16, so that the rows computed around each cost little, and at most 64
+// strips, all a function of the size alone.
+inline int64_t strip_rows(int64_t rows) { return rows / 64 < 16 ? 16 : (rows + 63) / 64; }
+
+// Sum over the strips of `count` values at `partial`, in order and in double precision, as a tensor
+// of the shape and dtype of `like`.
+Tensor sum_strips(const float* partial, int64_t strips, int64_t stride, const Tensor& like);
 
 inline const float* floats(const Tensor& x) { return static_cast<const float*>(x.data_ptr()); }
 

@@ -48,6 +48,36 @@ Tensor gcrb(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Ten
   return y;
 }
 
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients gcrb_backward(Tensor grad_y, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2,
+                        Tensor w3, Tensor b3, int64_t groups) {
+  x = nhwc(x);
+  check_gradient("gcrb_backward_cpu", grad_y, x);
+  grad_y = nhwc(grad_y);
+  const Weights weights{to_float(w1), to_float(b1), to_float(w2),
+                        to_float(b2), to_float(w3), to_float(b3)};
+  const GcrbArgs f = arguments("gcrb_backward_cpu", x, weights, groups);
+  Tensor grad_x = empty_nhwc(f.n, f.c, f.h, f.w, x.scalar_type());
+  const int64_t rows = strip_rows(f.n * f.h), strips = (f.n * f.h + rows - 1) / rows;
+  const int64_t size = gcrb_weights(f);
+  std::vector<float> partial(static_cast<size_t>(strips * size));
+  const GcrbBackwardArgs a{f, map_of(grad_y), map_of(grad_x), rows, partial.data()};
+  const auto kernel = EFRDN_FAST_DISPATCH(gcrb_backward);
+  const size_t scratch = gcrb_backward_scratch(f);
+  torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+    kernel(a, begin, end, workspace(scratch));
+  });
+  const float* from = partial.data();
+  const auto sum = [&](const Tensor& like) {
+    Tensor out = sum_strips(from, strips, size, like);
+    from += like.numel();
+    return out;
+  };
+  Tensor g1 = sum(w1), h1 = sum(b1), g2 = sum(w2), h2 = sum(b2), g3 = sum(w3), h3 = sum(b3);
+  return {grad_x, g1, h1, g2, h2, g3, h3};
+}
+
 }  // namespace
 }  // namespace efrdn_fast
 
@@ -55,8 +85,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efrdn_fast_ext, m) {
   m.def(
       "gcrb_cpu(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Tensor b3, "
       "int groups) -> Tensor");
+  m.def(
+      "gcrb_backward_cpu(Tensor grad_y, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, "
+      "Tensor w3, Tensor b3, int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efrdn_fast_ext, CPU, m) {
   m.impl("gcrb_cpu", TORCH_BOX(&efrdn_fast::gcrb));
+  m.impl("gcrb_backward_cpu", TORCH_BOX(&efrdn_fast::gcrb_backward));
 }

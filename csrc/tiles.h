@@ -6,6 +6,19 @@
 namespace efrdn_fast {
 namespace EFRDN_FAST_ISA {
 
+// The first min(n, kLanes) values.
+template <class T>
+EFRDN_FAST_INLINE V load_some(const T* p, int n) {
+  return n >= kLanes ? load(p) : load(p, n);
+}
+template <class T>
+EFRDN_FAST_INLINE void store_some(T* p, V a, int n) {
+  if (n >= kLanes)
+    store(p, a);
+  else
+    store(p, a, n);
+}
+
 // `channels` channels of `count` pixels with the pixels in the lanes: r[i] is channel i.
 template <class T>
 EFRDN_FAST_INLINE void load_transposed(V (&r)[kLanes], const T* p, int64_t stride, int count,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _build
 
-__all__ = ["acrb_cpu", "acrb_out_cpu", "gcrb_cpu"]
+__all__ = ["acrb_cpu", "acrb_out_cpu", "gcrb_backward_cpu", "gcrb_cpu"]
 
 
 @functools.cache
@@ -22,6 +22,20 @@ def gcrb_cpu(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, groups: int
 ) -> Tensor:
     return _op("gcrb_cpu")(x, w1, b1, w2, b2, w3, b3, groups)
+
+
+def gcrb_backward_cpu(
+    grad_y: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    groups: int,
+) -> tuple[Tensor, ...]:
+    return _op("gcrb_backward_cpu")(grad_y, x, w1, b1, w2, b2, w3, b3, groups)
 
 
 def acrb_cpu(x: Tensor, weight: Tensor, bias: Tensor, start: int) -> Tensor:
