@@ -14,7 +14,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "efrdn_fast/__init__.py").
 EXTRAS = {
     "train": ["tensorboard>=2.15"],
     "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
-    "images": ["opencv-python-headless>=4.11"],
+    "images": ["opencv-python-headless>=4.12"],
     "cuda": ["nvidia-cuda-nvcc>=13; platform_system == 'Linux'"],
     "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"],
     "test": ["pytest>=8", "hypothesis>=6", "scikit-image>=0.24"],

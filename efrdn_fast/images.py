@@ -213,14 +213,14 @@ def _colour16(image: Image.Image, data: bytes) -> np.ndarray:
     if image.mode not in ("RGB", "RGBA"):
         raise ValueError(f"16-bit {image.mode} pixels; convert the image to 16-bit RGB first")
     try:
-        import cv2
+        from cv2 import IMREAD_UNCHANGED, imdecodeWithMetadata
     except ImportError as error:
         raise ValueError(
-            "16-bit colour needs OpenCV, Pillow would cut it to 8 bits: "
+            "16-bit colour needs OpenCV 4.12 or newer, for Pillow would cut it to 8 bits: "
             "pip install efrdn_fast[images]"
         ) from error
     # Unlike imdecode it leaves a PNG's orientation to us. A TIFF's is applied by both libraries.
-    decoded = cv2.imdecodeWithMetadata(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)[0]
+    decoded = imdecodeWithMetadata(np.frombuffer(data, np.uint8), flags=IMREAD_UNCHANGED)[0]
     if decoded is None or decoded.dtype != np.uint16 or decoded.ndim != 3:
         raise ValueError("16-bit colour that OpenCV cannot decode; save it as 16-bit PNG first")
     order = [2, 1, 0, 3][: decoded.shape[2]]
