@@ -7,25 +7,6 @@ namespace efrdn_fast {
 namespace EFRDN_FAST_ISA {
 namespace {
 
-// y = xs + relu(conv), from planar rows to channels last.
-template <class T>
-EFRDN_FAST_INLINE void finish_row(const float* conv, const float* xs, int64_t w, int d, T* y,
-                                  int64_t step) {
-  const int64_t stride = row_stride(w);
-  for (int64_t j = 0; j < w; j += kLanes) {
-    const int count = w - j < kLanes ? static_cast<int>(w - j) : kLanes;
-    for (int c = 0; c < d; c += kLanes) {
-      const int from = c + kLanes <= d || d < kLanes ? c : d - kLanes;
-      V r[kLanes];
-      each<0, kLanes>([&](auto i) EFRDN_FAST_LAMBDA {
-        const int64_t at = (from + i) * stride + kPad + j;
-        r[i] = i < d - from ? add(load(xs + at), relu(load(conv + at))) : zero();
-      });
-      store_transposed(r, y + j * step + from, step, count, d - from);
-    }
-  }
-}
-
 template <int kD, class T>
 void forward(const AcrbArgs& a, int64_t begin, int64_t end, float* scratch) {
   const int d = kD ? kD : static_cast<int>(a.d);
@@ -51,7 +32,7 @@ void forward(const AcrbArgs& a, int64_t begin, int64_t end, float* scratch) {
       fill(row + 1);
       const Rows rows = {{ring(row - 1) + kPad, ring(row) + kPad, ring(row + 1) + kPad}, stride};
       conv_row<kD>(rows, a.w, d, d, a.weight, a.bias, conv + kPad, stride);
-      finish_row(conv, ring(row), a.w, d, y + row * a.y.stride_h, a.y.stride_w);
+      add_row<true>(conv, ring(row), a.w, d, y + row * a.y.stride_h, a.y.stride_w);
     }
     begin += last - first;
   }

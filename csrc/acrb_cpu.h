@@ -23,4 +23,22 @@ inline size_t acrb_forward_scratch(const AcrbArgs& a) {
 EFRDN_FAST_KERNEL(void acrb_forward(const AcrbArgs& args, int64_t begin, int64_t end,
                                     float* scratch))
 
+// Gradients of the above in strips of rows, as GcrbBackwardArgs describes.
+struct AcrbBackwardArgs {
+  AcrbArgs forward;     // y is not used
+  const float* turned;  // [D out, 3, 3, D in], rotated by half a turn
+  Map grad_y, grad_x;   // grad_x: the whole map of c channels, written throughout
+  int64_t c, start;
+  int64_t strip_rows;
+  float* partial;  // [strips, 9 D D + D]: weight [D in, 3, 3, D out], then bias
+};
+
+inline size_t acrb_backward_scratch(const AcrbArgs& a) {
+  return static_cast<size_t>(10 * a.d * row_stride(a.w) + 16 * (9 * a.d * a.d + a.d));
+}
+
+// Strips [begin, end).
+EFRDN_FAST_KERNEL(void acrb_backward(const AcrbBackwardArgs& args, int64_t begin, int64_t end,
+                                     float* scratch))
+
 }  // namespace efrdn_fast

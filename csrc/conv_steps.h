@@ -80,5 +80,29 @@ EFRDN_FAST_INLINE void conv_row(const Rows& rows, int64_t w, int cin, int cout, 
   for (; j < w; j += kLanes) at(Int<1>{}, j);
 }
 
+// base + conv, or base + relu(conv), from planar rows to the channels-last row y.
+template <bool kRelu, class T>
+EFRDN_FAST_INLINE void add_row(const float* conv, const float* base, int64_t w, int d, T* y,
+                               int64_t step) {
+  const int64_t stride = row_stride(w);
+  for (int64_t j = 0; j < w; j += kLanes) {
+    const int count = w - j < kLanes ? static_cast<int>(w - j) : kLanes;
+    for (int c = 0; c < d; c += kLanes) {
+      const int from = c + kLanes <= d || d < kLanes ? c : d - kLanes;
+      V r[kLanes];
+      each<0, kLanes>([&](auto i) EFRDN_FAST_LAMBDA {
+        const int64_t at = (from + i) * stride + kPad + j;
+        if (i < d - from) {
+          const V v = load(conv + at);
+          r[i] = add(load(base + at), kRelu ? relu(v) : v);
+        } else {
+          r[i] = zero();
+        }
+      });
+      store_transposed(r, y + j * step + from, step, count, d - from);
+    }
+  }
+}
+
 }  // namespace EFRDN_FAST_ISA
 }  // namespace efrdn_fast

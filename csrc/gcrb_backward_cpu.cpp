@@ -202,12 +202,6 @@ EFRDN_FAST_INLINE void rows(const Work<D, T>& k, int64_t first, int64_t last) {
   }
 }
 
-float lane_sum(const float* p) {
-  float sum = 0.0f;
-  for (int i = 0; i < kLanes; ++i) sum += p[i];
-  return sum;
-}
-
 // The sums of a strip without their lanes, in the order of GcrbBackwardArgs::partial.
 template <class D, class T>
 void write_sums(const Work<D, T>& k, float* out) {

@@ -25,19 +25,25 @@ std::vector<float> pack(const float* weight, int64_t d, bool turned = false) {
   return out;
 }
 
-// Runs the forward kernel into the map at `y`, whose N, H and W are those of x.
-void forward(const char* op, Tensor x, const Tensor& weight, const Tensor& bias, int64_t start,
-             const Map& y) {
+void check(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias,
+           int64_t start) {
   const int64_t d = weight.size(0);
   STD_TORCH_CHECK(weight.numel() == 9 * d * d && bias.numel() == d, op, ": weight must be [", d,
                   ", ", d, ", 3, 3] and bias [", d, "], got ", weight.numel(), " and ",
                   bias.numel(), " values");
   check_slice(op, "start", x, start, d);
+}
+
+// Runs the forward kernel into the map at `y`, whose N, H and W are those of x.
+void forward(const char* op, Tensor x, const Tensor& weight, const Tensor& bias, int64_t start,
+             const Map& y) {
+  check(op, x, weight, bias, start);
   x = nhwc(x);
+  const int64_t d = weight.size(0);
   const Tensor w = to_float(weight), b = to_float(bias);
   const std::vector<float> packed = pack(floats(w), d);
-  const AcrbArgs a{dtype_of(op, x),  x.size(0), d, x.size(2), x.size(3), map_of(x, start), y,
-                   packed.data(), floats(b)};
+  const AcrbArgs a{dtype_of(op, x), x.size(0), d, x.size(2),     x.size(3),
+                   map_of(x, start), y,        packed.data(), floats(b)};
   const auto kernel = EFRDN_FAST_DISPATCH(acrb_forward);
   const size_t scratch = acrb_forward_scratch(a);
   parallel_rows(a.n * a.h, a.w, [&](int64_t begin, int64_t end) {
@@ -64,6 +70,44 @@ void acrb_out(Tensor x, Tensor weight, Tensor bias, int64_t start, Tensor out, i
   torch::stable::copy_(place, acrb(x, weight, bias, start));
 }
 
+std::tuple<Tensor, Tensor, Tensor> acrb_backward(Tensor grad_y, Tensor x, Tensor weight,
+                                                 Tensor bias, int64_t start) {
+  const char* op = "acrb_backward_cpu";
+  check(op, x, weight, bias, start);
+  const int64_t d = weight.size(0);
+  check_gradient(op, grad_y, x, d);
+  x = nhwc(x);
+  grad_y = nhwc(grad_y);
+  const Tensor w = to_float(weight), b = to_float(bias);
+  const std::vector<float> packed = pack(floats(w), d), turned = pack(floats(w), d, true);
+  const AcrbArgs f{dtype_of(op, x), x.size(0), d, x.size(2),     x.size(3),
+                   map_of(x, start), {},       packed.data(), floats(b)};
+  Tensor grad_x = empty_nhwc(f.n, x.size(1), f.h, f.w, x.scalar_type());
+  const int64_t rows = strip_rows(f.n * f.h), strips = (f.n * f.h + rows - 1) / rows;
+  const int64_t taps = 9 * d * d, size = taps + d;
+  std::vector<float> partial(static_cast<size_t>(strips * size));
+  const AcrbBackwardArgs a{f,     turned.data(), map_of(grad_y), map_of(grad_x), x.size(1),
+                           start, rows,          partial.data()};
+  const auto kernel = EFRDN_FAST_DISPATCH(acrb_backward);
+  const size_t scratch = acrb_backward_scratch(f);
+  torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+    kernel(a, begin, end, workspace(scratch));
+  });
+  // From [ci, 3, 3, co] to the order of the weight, then over the strips.
+  std::vector<float> ordered(partial.size());
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    const float* from = partial.data() + strip * size;
+    float* to = ordered.data() + strip * size;
+    for (int64_t ci = 0; ci < d; ++ci)
+      for (int64_t tap = 0; tap < 9; ++tap)
+        for (int64_t co = 0; co < d; ++co)
+          to[(co * d + ci) * 9 + tap] = from[(ci * 9 + tap) * d + co];
+    for (int64_t i = taps; i < size; ++i) to[i] = from[i];
+  }
+  return {grad_x, sum_strips(ordered.data(), strips, size, weight),
+          sum_strips(ordered.data() + taps, strips, size, bias)};
+}
+
 }  // namespace
 }  // namespace efrdn_fast
 
@@ -72,9 +116,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efrdn_fast_ext, m) {
   m.def(
       "acrb_out_cpu(Tensor x, Tensor weight, Tensor bias, int start, Tensor(a!) out, "
       "int out_start) -> ()");
+  m.def(
+      "acrb_backward_cpu(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, int start) -> "
+      "(Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efrdn_fast_ext, CPU, m) {
   m.impl("acrb_cpu", TORCH_BOX(&efrdn_fast::acrb));
   m.impl("acrb_out_cpu", TORCH_BOX(&efrdn_fast::acrb_out));
+  m.impl("acrb_backward_cpu", TORCH_BOX(&efrdn_fast::acrb_backward));
 }

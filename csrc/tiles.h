@@ -19,6 +19,13 @@ EFRDN_FAST_INLINE void store_some(T* p, V a, int n) {
     store(p, a, n);
 }
 
+// Sum of kLanes values in memory.
+EFRDN_FAST_INLINE float lane_sum(const float* p) {
+  float sum = 0.0f;
+  for (int i = 0; i < kLanes; ++i) sum += p[i];
+  return sum;
+}
+
 // `channels` channels of `count` pixels with the pixels in the lanes: r[i] is channel i.
 template <class T>
 EFRDN_FAST_INLINE void load_transposed(V (&r)[kLanes], const T* p, int64_t stride, int count,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _build
 
-__all__ = ["acrb_cpu", "acrb_out_cpu", "gcrb_backward_cpu", "gcrb_cpu"]
+__all__ = ["acrb_backward_cpu", "acrb_cpu", "acrb_out_cpu", "gcrb_backward_cpu", "gcrb_cpu"]
 
 
 @functools.cache
@@ -46,3 +46,9 @@ def acrb_out_cpu(
     x: Tensor, weight: Tensor, bias: Tensor, start: int, out: Tensor, out_start: int
 ) -> None:
     _op("acrb_out_cpu")(x, weight, bias, start, out, out_start)
+
+
+def acrb_backward_cpu(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, start: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _op("acrb_backward_cpu")(grad_y, x, weight, bias, start)
