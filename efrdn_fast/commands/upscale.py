@@ -60,9 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="leave out what has a result already (default)",
     )
-    existing.add_argument(
-        "--overwrite", action="store_true", help="replace earlier results"
-    )
+    existing.add_argument("--overwrite", action="store_true", help="replace earlier results")
     parser.add_argument(
         "--strip-metadata",
         action="store_true",
@@ -127,14 +125,13 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         args.usage_error(str(error))
     results = []
-    # Off when stderr is no terminal.
-    with tqdm(total=len(jobs), unit="image", disable=None, file=sys.stderr) as bar:
+    # Off when stderr is no terminal. Counts parts of images too.
+    style = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}{postfix}]"
+    with tqdm(total=len(jobs), disable=None, file=sys.stderr, bar_format=style) as bar:
 
         def show(done: int, count: int) -> None:
             bar.n = len(results) + done / count
-            if count > 1:
-                bar.set_postfix_str(f"tile {done}/{count}", refresh=False)
-            bar.refresh()
+            bar.set_postfix_str(f"tile {done}/{count}" if count > 1 else "")
 
         try:
             for result in process(
