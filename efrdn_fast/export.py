@@ -147,21 +147,25 @@ def _masked_attention(segments: int | None) -> Attention:
         if segments is None:
             length = torch.sym_min(length, tokens)
         count = segments or (tokens + length - 1) // length
-        padded = F.pad(qkv, (0, 0, 0, count * length - tokens))
-        padded = padded.reshape(n, count, length, 3, heads, width // (3 * heads))
-        q, k, v = padded.permute(3, 0, 1, 4, 2, 5)  # [N, count, heads, length, D]
-        q = q * q.shape[-1] ** -0.5
         beyond = torch.arange(count * length, device=qkv.device) >= tokens
         mask = beyond.to(qkv.dtype).reshape(count, 1, length) * MASKED
-        groups = [slice(s, s + 1) for s in range(segments)] if segments else [slice(None)]
-        rows = []
-        for group in groups:
-            row = []
-            for head in range(heads):
-                scores = q[:, group, head] @ k[:, group, head].transpose(-2, -1) + mask[group]
-                row.append(scores.softmax(dim=-1) @ v[:, group, head])
-            rows.append(torch.stack(row, dim=3).flatten(3))  # [N, segments, length, heads * D]
-        return torch.cat(rows, dim=1).reshape(n, count * length, width // 3)[:, :tokens]
+        padded = F.pad(qkv, (0, 0, 0, count * length - tokens))
+        padded = padded.reshape(n, count, length, 3, heads, width // (3 * heads))
+        if segments:
+            # Pieces [N, length, D], one for each head of each segment.
+            q, k, v = padded.permute(3, 1, 4, 0, 2, 5).flatten(1, 2)
+            masks = [row for row in mask.unbind(0) for _ in range(heads)]
+        else:
+            q, k, v = padded.permute(3, 4, 0, 1, 2, 5)  # pieces [N, count, length, D]
+            masks = [mask] * heads
+        q, k = q * q.shape[-1] ** -0.5, k.transpose(-2, -1)
+        pieces = zip(q.unbind(0), k.unbind(0), v.unbind(0), masks, strict=True)
+        out = torch.stack([(a @ b + m).softmax(dim=-1) @ c for a, b, c, m in pieces])
+        if segments:
+            out = out.unflatten(0, (segments, heads)).permute(2, 0, 3, 1, 4)
+        else:
+            out = out.permute(1, 2, 3, 0, 4)
+        return out.reshape(n, count * length, width // 3)[:, :tokens]
 
     return attention
 
