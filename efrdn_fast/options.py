@@ -51,6 +51,8 @@ class TrainOptions:
     """Type of the forward pass: fp32, bf16 or fp16 (with loss scaling, CUDA only)."""
     attention: str = "sdpa"
     """explicit (score matrix) or sdpa."""
+    init: str = ""
+    """Checkpoint whose weights the run starts from; tails of another scale start anew."""
     manual_seed: int = 0
     """Seed of initialisation and of every sample."""
 

@@ -46,6 +46,8 @@ class Trainer:
         for module in net.modules():
             if isinstance(module, CC) and options.cc_bias_init:
                 nn.init.constant_(module.squeeze.bias, options.cc_bias_init)
+        if options.init:
+            _warm_start(net, options.init)
         if options.attention == "sdpa":
             net.set_attention(reference.emha_sdpa)
         self.net = net.to(self.device, memory_format=torch.channels_last).train()
@@ -144,6 +146,17 @@ class Trainer:
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def _warm_start(net: EFRDN, source: str) -> None:
+    """Load the weights of `source`; the upsampling tails stay as they are at another scale."""
+    state = checkpoint.load(source).state_dict
+    own = net.state_dict()
+    for key in ("reconstruct_deep.conv2", "reconstruct_shallow.conv"):
+        for name in (f"{key}.weight", f"{key}.bias"):
+            if name in state and state[name].shape != own[name].shape:
+                state[name] = own[name]
+    checkpoint.load_into(net, state, source)
 
 
 @torch.inference_mode()

@@ -130,6 +130,22 @@ def test_result_is_a_checkpoint_with_its_record(photos, tmp_path):
     assert [r["step"] for r in rows if "psnr_db" in r] == [3]
 
 
+def test_warm_start_takes_all_weights_but_the_tails_of_another_scale(tmp_path):
+    source = checkpoint.save(EFRDN(4, ablation="no_fflb"), tmp_path / "x4.safetensors")
+    stored = checkpoint.load(source).state_dict
+    same = Trainer(TrainOptions(**{**TINY, "init": str(source)})).net.state_dict()
+    assert_same_weights(same, stored)
+    other = Trainer(TrainOptions(**{**TINY, "init": str(source), "scale": 2})).net.state_dict()
+    tails = {k for k in other if k.startswith(("reconstruct_deep.conv2", "reconstruct_shallow"))}
+    assert_same_weights(
+        {k: v for k, v in other.items() if k not in tails},
+        {k: v for k, v in stored.items() if k not in tails},
+    )
+    assert other["reconstruct_shallow.conv.weight"].shape[0] == 12
+    with pytest.raises(ValueError, match="does not fit EFRDN"):
+        Trainer(TrainOptions(init=str(source)))  # the full network has more keys
+
+
 def test_loss_falls_and_average_follows(photos):
     trainer = Trainer(TrainOptions(**{**TINY, "total_iter": 40, "ema_decay": 0.5}))
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,102 @@
+"""README's figures of the plain network on this machine: `python -m bench.foundation`.
+
+Time and peak memory of `upscale()` and steps per second of the trainer, each in a process of its
+own, after one warm-up, medians of three. Writes `bench/results/<device>/foundation.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+CASES = [
+    {"what": "upscale", "size": [128, 128]},
+    {"what": "upscale", "size": [320, 180]},
+    {"what": "train", "batch": 4, "patch": 32},
+    {"what": "train", "batch": 16, "patch": 48},
+]
+
+
+def device_name() -> str:
+    """Model of the CPU and number of cores, as a folder name."""
+    import torch
+
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*:\s*(.+)", text)
+    name = model[1].strip() if model else platform.processor() or platform.machine()
+    return re.sub(r"[^a-z0-9]+", "-", f"cpu {name} {torch.get_num_threads()} threads".lower())
+
+
+def measure(case: dict) -> dict:
+    """Seconds (median of three after a warm-up) and peak resident memory of this process."""
+    import torch
+
+    torch.manual_seed(0)
+    if case["what"] == "upscale":
+        import efrdn_fast
+
+        width, height = case["size"]
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+
+        def once() -> None:
+            efrdn_fast.upscale(image, 4, device="cpu", tile=0)
+    else:
+        from efrdn_fast.options import TrainOptions
+        from efrdn_fast.train import Trainer
+
+        options = TrainOptions(batch_size=case["batch"], patch_size=case["patch"])
+        trainer = Trainer(options)
+        shape = (case["batch"], 3, case["patch"], case["patch"])
+        lr = torch.randint(0, 256, shape, dtype=torch.uint8)
+        hr = lr.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+        def once() -> None:
+            trainer.train_step(lr, hr)
+
+    once()
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        once()
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {**case, "median_s": statistics.median(seconds), "peak_mib": round(peak)}
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(json.loads(sys.argv[1]))))
+        return
+    import torch
+
+    rows = []
+    for case in CASES:
+        command = [sys.executable, "-m", "bench.foundation", json.dumps(case)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(rows[-1], flush=True)
+    record = {
+        "command": "python -m bench.foundation",
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "network": "EFRDN x4, attention by SDPA",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    folder = RESULTS / record["device"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "foundation.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
