@@ -35,12 +35,6 @@ struct Step {
   static constexpr int kIn = Channels, kOut = Channels, kPad = (Channels + 3) / 4 * 4;
 };
 
-template <typename T>
-__device__ float weight_at(const void* data, int64_t i, bool is_float) {
-  return is_float ? __ldg(static_cast<const float*>(data) + i)
-                  : to_float(__ldg(static_cast<const T*>(data) + i));
-}
-
 // The tile with its halo, 0 outside the image and beyond channel d.
 template <class S, typename T>
 __device__ void load_tile(float (&tile)[kPositions][S::kIn], const Map& map, const Tile& at,

@@ -80,6 +80,13 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Element i of weights that are float or T.
+template <typename T>
+__device__ float weight_at(const void* data, int64_t i, bool is_float) {
+  return is_float ? __ldg(static_cast<const float*>(data) + i)
+                  : to_float(__ldg(static_cast<const T*>(data) + i));
+}
+
 // max(x, 0) that keeps NaN, as torch.relu does.
 __device__ inline float relu(float x) {
 #ifdef EFRDN_FAST_SIMT

@@ -78,10 +78,7 @@ struct GcrbSharedWeights {
   template <typename T>
   __device__ void load(const GcrbWeights& weights, const GcrbSizes<L>& sizes) {
     const bool is_float = weights.dtype == Dtype::kFloat;
-    const auto at = [is_float](const void* data, int i) {
-      return is_float ? __ldg(static_cast<const float*>(data) + i)
-                      : to_float(__ldg(static_cast<const T*>(data) + i));
-    };
+    const auto at = [is_float](const void* data, int i) { return weight_at<T>(data, i, is_float); };
     for (int i = threadIdx.x; i < L::kReach * L::kC; i += blockDim.x) {
       const int c = i % L::kC, r = i / L::kC, m = L::mid(c / L::kVec, r);
       const bool connected = sizes.connected(c, m);

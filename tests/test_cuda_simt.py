@@ -31,6 +31,8 @@ def _toolchain() -> None:
         pytest.fail(f"not installed: {', '.join(missing)}")
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
+    for name in ("selftest", "runner"):
+        simt.executable(name)
 
 
 def selftest(kernel: str, order: str = "forward"):
@@ -166,6 +168,64 @@ def test_gcrb_backward(shape, mid, groups, dtype, layout):
 
     exact = testing.gradients(forward, grad_y)
     testing.assert_close_to_reference(out, exact, [x, *params])
+
+
+BATCH_NAMES = ("w1", "gamma1", "b1", "w2", "gamma2", "b2", "w3", "gamma3", "b3")
+
+
+def gcrb_batch_params(channels: int, mid: int, groups: int) -> list[Tensor]:
+    """w1, gamma1, beta1, w2, .. of GCRB in training."""
+    w1, b1, w2, b2, w3, b3 = gcrb_params(channels, mid, groups)
+    gammas = [1 + 0.2 * draw(size, seed=7) for size in (mid, mid, channels)]
+    return [w1, gammas[0], b1, w2, gammas[1], b2, w3, gammas[2], b3]
+
+
+def shifted_input(shape, dtype: torch.dtype, layout: str) -> Tensor:
+    """Channels with a mean of their own, as large as 20 standard deviations."""
+    x = testing.make_input(shape, dtype, layout=layout)
+    return x.add_(torch.linspace(-2, 20, shape[1]).to(dtype).view(1, -1, 1, 1))
+
+
+GCRB_TRAIN_CASES = [
+    pytest.param((1, 32, 1, 5), 8, 2, torch.float32, "channels_last", id="1x5"),
+    pytest.param((2, 32, 17, 19), 8, 2, torch.float32, "sliced", id="N2-17x19-sliced"),
+    pytest.param((2, 32, 13, 17), 8, 2, torch.float16, "channels_last", id="N2-13x17-fp16"),
+    pytest.param((2, 32, 5, 33), 8, 1, torch.float32, "channels_last", id="N2-5x33-G1"),
+    pytest.param((1, 32, 13, 17), 8, 4, torch.bfloat16, "channels_last", id="13x17-G4-bf16"),
+    pytest.param((1, 32, 13, 17), 8, 8, torch.float32, "channels_last", id="13x17-G8"),
+    pytest.param((2, 18, 13, 7), 6, 3, torch.float32, "sliced", id="N2-13x7-C18-M6-G3"),
+    pytest.param((6, 32, 94, 97), 8, 8, torch.float32, "channels_last", id="N6-94x97-G8"),
+]
+
+
+def run_gcrb_train(x, params, groups: int, order: str = "forward") -> list[Tensor]:
+    n, c, h, w = x.shape
+    m = params[0].shape[0]
+    arrays = {"x": x, "y": nhwc(n, c, h, w, x.dtype), **dict(zip(BATCH_NAMES, params, strict=True))}
+    arrays |= {"mean": torch.full((2 * m + c,), torch.nan)}
+    arrays |= {"var": torch.full((2 * m + c,), torch.nan)}
+    numbers = {"N": n, "C": c, "H": h, "W": w, "M": m, "groups": groups}
+    out = simt.run("gcrb_train", arrays, numbers, order)
+    return [out[name] for name in ("y", "mean", "var")]
+
+
+@pytest.mark.parametrize(("shape", "mid", "groups", "dtype", "layout"), GCRB_TRAIN_CASES)
+def test_gcrb_train_forward(shape, mid, groups, dtype, layout):
+    x = shifted_input(shape, dtype, layout)
+    params = gcrb_batch_params(shape[1], mid, groups)
+    out = run_gcrb_train(x, params, groups)
+
+    def exact(x, *params):
+        return reference.gcrb_train(x, *params, groups=groups)
+
+    testing.assert_close_to_reference(out, exact, [x, *params])
+
+
+def test_gcrb_train_forward_is_the_same_in_every_order():
+    x = shifted_input((2, 32, 13, 17), torch.float32, "channels_last")
+    params = gcrb_batch_params(32, 8, 2)
+    first, second = (run_gcrb_train(x, params, 2, order) for order in ("forward", "5"))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_gcrb_forward_half_weights():

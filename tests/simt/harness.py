@@ -25,7 +25,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Values of `efrdn_fast::Dtype`."""
 FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-DEFRDN_FAST_SIMT"),
-    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "-fsanitize=address,bounds,alignment,shift,signed-integer-overflow",
+    "-fno-sanitize-recover=all",
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"),
 ]
 

@@ -4,6 +4,7 @@
 #include "acrb.h"
 #include "case.h"
 #include "gcrb.h"
+#include "gcrb_train.h"
 #include "reduce.h"
 
 namespace {
@@ -39,6 +40,35 @@ cudaError_t gcrb_bwd(const Case& c) {
   const simt::Buffer partial(efrdn_fast::gcrb_partial_floats(p.forward) * sizeof(float));
   p.partial = floats(partial);
   return efrdn_fast::launch_gcrb_bwd(p, nullptr);
+}
+
+efrdn_fast::GcrbTrainParams gcrb_train_params(const Case& c, const simt::Buffer& depthwise) {
+  const efrdn_fast::GcrbParams p = gcrb_params(c);
+  return {p.dtype,
+          p.n,
+          p.c,
+          p.h,
+          p.w,
+          p.m,
+          p.groups,
+          1e-5f,
+          p.x,
+          p.y,
+          p.weights,
+          {c.data("gamma1"), c.data("gamma2"), c.data("gamma3")},
+          c.data<float>("mean"),
+          c.data<float>("var"),
+          floats(depthwise),
+          nullptr};
+}
+
+cudaError_t gcrb_train(const Case& c) {
+  const simt::Buffer depthwise(c.number("N") * c.number("H") * c.number("W") * c.number("M") *
+                               sizeof(float));
+  efrdn_fast::GcrbTrainParams p = gcrb_train_params(c, depthwise);
+  const simt::Buffer partial(efrdn_fast::gcrb_train_partial_floats(p) * sizeof(float));
+  p.partial = floats(partial);
+  return efrdn_fast::launch_gcrb_train(p, nullptr);
 }
 
 efrdn_fast::AcrbParams acrb_params(const Case& c) {
@@ -81,11 +111,8 @@ cudaError_t reduce_rows(const Case& c) {
 const struct {
   const char* name;
   cudaError_t (*run)(const Case&);
-} kOps[] = {{"gcrb_fwd", gcrb_fwd},
-            {"gcrb_bwd", gcrb_bwd},
-            {"acrb_fwd", acrb_fwd},
-            {"acrb_bwd", acrb_bwd},
-            {"reduce_rows", reduce_rows}};
+} kOps[] = {{"gcrb_fwd", gcrb_fwd}, {"gcrb_bwd", gcrb_bwd}, {"gcrb_train", gcrb_train},
+            {"acrb_fwd", acrb_fwd}, {"acrb_bwd", acrb_bwd}, {"reduce_rows", reduce_rows}};
 
 }  // namespace
 

@@ -372,6 +372,7 @@ T atomicAdd(T* address, T value) {  // fibers do not preempt each other
   *address += value;
   return old;
 }
+inline float __fdividef(float a, float b) { return a / b; }
 inline void __threadfence() {}
 
 #undef threadIdx
