@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoint, metrics, reference
+from . import checkpoint, metrics
 from .benchmarks import ImageSet, Pair, find_pairs, load_pair, reduce
-from .device import float32_ends, resolve_device
+from .device import resolve_device
 from .model import EFRDN
 from .resize import imresize
 from .tables import bicubic_rows, paper_tables
-from .upscaler import Upscaler
+from .upscaler import Upscaler, prepare
 
 __all__ = [
     "Check",
@@ -146,8 +146,7 @@ def load_network(
     if stored.config["scale"] != scale:
         raise ValueError(f"{source} upscales by {stored.config['scale']}, not by {scale}")
     overrides = {"segment_tokens": segment_tokens} if segment_tokens else {}
-    net = EFRDN.from_pretrained(path, **overrides).set_attention(reference.emha_sdpa)
-    net = float32_ends(net).to(resolve_device(device))
+    net = prepare(EFRDN.from_pretrained(path, **overrides), resolve_device(device))
     config = net.config.to_dict()
     net = SelfEnsemble(net) if self_ensemble else net
     upscaler = Upscaler(scale, net, tile=tile, dtype=dtype, backend=backend)

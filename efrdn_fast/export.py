@@ -8,6 +8,7 @@ masked. Height and width start at 15, where ESA's pooling window has its full si
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import logging
 import os
@@ -171,8 +172,6 @@ def _masked_attention(segments: int | None) -> Attention:
 
 
 def _require(*modules: str) -> None:
-    import importlib.util
-
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise ImportError(

@@ -27,7 +27,7 @@ from .inference import Outcome, Progress, run
 from .model import EFRDN
 from .reference import emha_sdpa
 
-__all__ = ["Upscaler", "upscale"]
+__all__ = ["Upscaler", "prepare", "upscale"]
 
 PEAKS = {torch.uint8: 255, torch.uint16: 65535}
 KEPT_INFO = ("icc_profile", "exif", "xmp", "dpi", "comment")
@@ -216,6 +216,11 @@ class Upscaler:
         )
 
 
+def prepare(net: EFRDN, device: torch.device) -> EFRDN:
+    """`net` on `device`, ready to be run by an `Upscaler`: attention without a score matrix."""
+    return float32_ends(net.set_attention(emha_sdpa)).to(device)
+
+
 def fill_clear(colour: Tensor, alpha: Tensor) -> Tensor:
     """Colour `[N, C, H, W]` with the pixels where `alpha` is 0 filled from visible neighbours.
 
@@ -273,8 +278,7 @@ def _check_tensor(x: Tensor) -> None:
 @functools.lru_cache(maxsize=4)
 def _load(path: Path, _modified: int, device: torch.device) -> EFRDN:
     """Network of a checkpoint on `device`; read again when the file has changed."""
-    net = EFRDN.from_pretrained(path).set_attention(emha_sdpa)
-    return float32_ends(net).to(device)
+    return prepare(EFRDN.from_pretrained(path), device)
 
 
 class _evaluating:
