@@ -187,7 +187,7 @@ def shifted_input(shape, dtype: torch.dtype, layout: str) -> Tensor:
 
 
 GCRB_TRAIN_CASES = [
-    pytest.param((1, 32, 1, 5), 8, 2, torch.float32, "channels_last", id="1x5"),
+    pytest.param((1, 32, 1, 37), 8, 2, torch.float32, "channels_last", id="1x37"),
     pytest.param((2, 32, 17, 19), 8, 2, torch.float32, "sliced", id="N2-17x19-sliced"),
     pytest.param((2, 32, 13, 17), 8, 2, torch.float16, "channels_last", id="N2-13x17-fp16"),
     pytest.param((2, 32, 5, 33), 8, 1, torch.float32, "channels_last", id="N2-5x33-G1"),
@@ -209,7 +209,12 @@ def run_gcrb_train(x, params, groups: int, order: str = "forward") -> list[Tenso
     return [out[name] for name in ("y", "mean", "var")]
 
 
-@pytest.mark.parametrize(("shape", "mid", "groups", "dtype", "layout"), GCRB_TRAIN_CASES)
+FIVE_PIXELS = pytest.param((1, 32, 1, 5), 8, 2, torch.float32, "channels_last", id="1x5")
+
+
+@pytest.mark.parametrize(
+    ("shape", "mid", "groups", "dtype", "layout"), [FIVE_PIXELS, *GCRB_TRAIN_CASES]
+)
 def test_gcrb_train_forward(shape, mid, groups, dtype, layout):
     x = shifted_input(shape, dtype, layout)
     params = gcrb_batch_params(shape[1], mid, groups)
@@ -226,6 +231,30 @@ def test_gcrb_train_forward_is_the_same_in_every_order():
     params = gcrb_batch_params(32, 8, 2)
     first, second = (run_gcrb_train(x, params, 2, order) for order in ("forward", "5"))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("shape", "mid", "groups", "dtype", "layout"), GCRB_TRAIN_CASES)
+def test_gcrb_train_backward(shape, mid, groups, dtype, layout):
+    n, c, h, w = shape
+    x = testing.make_input(shape, dtype, layout=layout)
+    grad_y = testing.make_input(shape, dtype, layout="channels_last", seed=1)
+    params = gcrb_batch_params(c, mid, groups)
+
+    def forward(x, *params):
+        return reference.gcrb_train(x, *params, groups=groups)
+
+    _, mean, var = forward(x.double(), *(p.double() for p in params))
+    arrays = {"x": x, "grad_y": grad_y, **dict(zip(BATCH_NAMES, params, strict=True))}
+    arrays |= {"mean": mean.float(), "var": var.float(), "grad_x": nhwc(n, c, h, w, dtype)}
+    arrays |= {f"grad_{name}": nan_like(p) for name, p in zip(BATCH_NAMES, params, strict=True)}
+    numbers = {"N": n, "C": c, "H": h, "W": w, "M": mid, "groups": groups}
+    out = simt.run("gcrb_train_bwd", arrays, numbers)
+    grads = [out[f"grad_{name}"] for name in ("x", *BATCH_NAMES)]
+    if n * h * w < 1000:
+        again = simt.run("gcrb_train_bwd", arrays, numbers, "5")
+        names = [f"grad_{name}" for name in ("x", *BATCH_NAMES)]
+        assert all(torch.equal(out[name], again[name]) for name in names)
+    testing.assert_close_to_reference(grads, testing.gradients(forward, grad_y), [x, *params])
 
 
 def test_gcrb_forward_half_weights():

@@ -71,6 +71,28 @@ cudaError_t gcrb_train(const Case& c) {
   return efrdn_fast::launch_gcrb_train(p, nullptr);
 }
 
+cudaError_t gcrb_train_bwd(const Case& c) {
+  const size_t map_bytes =
+      c.number("N") * c.number("H") * c.number("W") * c.number("M") * sizeof(float);
+  const simt::Buffer depthwise(map_bytes), grad1(map_bytes), grad2(map_bytes);
+  efrdn_fast::GcrbTrainBackwardParams p{};
+  p.forward = gcrb_train_params(c, depthwise);
+  p.grad_y = c.map("grad_y");
+  p.grad_x = c.map("grad_x");
+  p.grad_w1 = c.data("grad_w1");
+  p.grad_w2 = c.data("grad_w2");
+  p.grad_w3 = c.data("grad_w3");
+  for (int i = 0; i < 3; i++) {
+    p.grad_gamma[i] = c.data("grad_gamma" + std::to_string(i + 1));
+    p.grad_beta[i] = c.data("grad_b" + std::to_string(i + 1));
+  }
+  p.grad1 = floats(grad1);
+  p.grad2 = floats(grad2);
+  const simt::Buffer partial(efrdn_fast::gcrb_train_bwd_partial_floats(p.forward) * sizeof(float));
+  p.partial = floats(partial);
+  return efrdn_fast::launch_gcrb_train_bwd(p, nullptr);
+}
+
 efrdn_fast::AcrbParams acrb_params(const Case& c) {
   return {c.dtype("x"), c.number("N"), c.number("H"),    c.number("W"),  c.number("d"),
           c.map("x"),   c.map("y"),    c.data("weight"), c.data("bias"), c.dtype("weight")};
@@ -111,8 +133,10 @@ cudaError_t reduce_rows(const Case& c) {
 const struct {
   const char* name;
   cudaError_t (*run)(const Case&);
-} kOps[] = {{"gcrb_fwd", gcrb_fwd}, {"gcrb_bwd", gcrb_bwd}, {"gcrb_train", gcrb_train},
-            {"acrb_fwd", acrb_fwd}, {"acrb_bwd", acrb_bwd}, {"reduce_rows", reduce_rows}};
+} kOps[] = {{"gcrb_fwd", gcrb_fwd},      {"gcrb_bwd", gcrb_bwd},
+            {"gcrb_train", gcrb_train},  {"gcrb_train_bwd", gcrb_train_bwd},
+            {"acrb_fwd", acrb_fwd},      {"acrb_bwd", acrb_bwd},
+            {"reduce_rows", reduce_rows}};
 
 }  // namespace
 
