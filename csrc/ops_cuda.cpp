@@ -1,116 +1,15 @@
-// The CUDA ops, on libtorch's stable ABI; the only CUDA source that sees torch. Arguments are
-// validated in Python; what would read or write out of bounds is checked again here.
-#include <cuda_runtime_api.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+// The CUDA ops. Arguments are validated in Python; what would read or write out of bounds is
+// checked again here.
+#include "ops_cuda.h"
 
-#include <cstdint>
-#include <initializer_list>
 #include <tuple>
 
 #include "acrb.h"
 #include "gcrb.h"
+#include "gcrb_train.h"
 
 namespace efrdn_fast {
 namespace {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using torch::stable::accelerator::DeviceGuard;
-
-cudaStream_t current_stream(const Tensor& x) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch(const char* op, cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error));
-}
-
-void check_map(const char* op, const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.is_cuda(), op, ": ", name,
-                  " must be a CUDA tensor of 4 dimensions, got ", x.dim(), " dimensions");
-}
-
-// `map` goes with `x`: dtype, device, N, H and W; its channels are free.
-void check_beside(const char* op, const char* name, const Tensor& map, const Tensor& x) {
-  check_map(op, name, map);
-  STD_TORCH_CHECK(map.scalar_type() == x.scalar_type() &&
-                      map.get_device_index() == x.get_device_index() && map.size(0) == x.size(0) &&
-                      map.size(2) == x.size(2) && map.size(3) == x.size(3),
-                  op, ": ", name, " must have the dtype, device, N, H and W of x");
-}
-
-void check_slice(const char* op, const char* name, const Tensor& x, int64_t start, int64_t d) {
-  STD_TORCH_CHECK(start >= 0 && start <= x.size(1) - d, op, ": ", name, "=", start, " and ", d,
-                  " channels do not fit into a map of ", x.size(1), " channels");
-}
-
-Dtype dtype_of(const char* op, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat;
-    case ScalarType::BFloat16:
-      return Dtype::kBf16;
-    case ScalarType::Half:
-      return Dtype::kHalf;
-    default:
-      STD_TORCH_CHECK(false, op, ": x must be float32, bfloat16 or float16, got another dtype");
-  }
-}
-
-bool has_nhwc_channels(const Tensor& x) { return x.size(1) == 1 || x.stride(1) == 1; }
-
-// The map with its channels next to each other: x itself where they are, else a copy.
-Tensor nhwc(const Tensor& x) {
-  return has_nhwc_channels(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
-}
-
-// The map's first element, moved to channel `start`. An axis of size 1 is never stepped over.
-Map map_of(const Tensor& x, int64_t start = 0) {
-  const auto stride = [&](int64_t axis) { return x.size(axis) == 1 ? 0 : x.stride(axis); };
-  char* data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
-  return {data + start * static_cast<int64_t>(x.element_size()), stride(0), stride(2), stride(3)};
-}
-
-Tensor empty_nhwc(const Tensor& like, int64_t channels) {
-  return torch::stable::empty({like.size(0), channels, like.size(2), like.size(3)},
-                              like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              MemoryFormat::ChannelsLast);
-}
-
-Tensor empty_floats(const Tensor& like, int64_t count) {
-  return torch::stable::empty({count}, ScalarType::Float, std::nullopt, like.device());
-}
-
-Tensor empty_beside(const Tensor& like) {
-  return torch::stable::empty(like.sizes(), like.scalar_type(), std::nullopt, like.device());
-}
-
-// Makes the weights contiguous and of one dtype: the one they share if a kernel can read it, else
-// float32.
-Dtype unite(const char* op, const Tensor& x, std::initializer_list<Tensor*> weights) {
-  ScalarType dtype = (*weights.begin())->scalar_type();
-  for (const Tensor* w : weights) {
-    STD_TORCH_CHECK(w->is_cuda() && w->get_device_index() == x.get_device_index(), op,
-                    ": weights must be on the device of x");
-    if (w->scalar_type() != dtype) dtype = ScalarType::Float;
-  }
-  if (dtype != x.scalar_type()) dtype = ScalarType::Float;
-  for (Tensor* w : weights) {
-    if (w->scalar_type() != dtype) *w = torch::stable::to(*w, dtype);
-    if (!w->is_contiguous()) *w = torch::stable::contiguous(*w);
-  }
-  return dtype_of(op, **weights.begin());
-}
-
-Tensor as_dtype(const Tensor& x, ScalarType dtype) {
-  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
-}
 
 // Six weights that live as long as the call.
 struct GcrbTensors {
@@ -160,6 +59,149 @@ Tensor gcrb(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Ten
   p.y = map_of(y);
   check_launch("gcrb_cuda", launch_gcrb_fwd(p, current_stream(x)));
   return y;
+}
+
+float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gcrb_backward(
+    Tensor grad_y, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Tensor b3,
+    int64_t groups) {
+  const char* op = "gcrb_backward_cuda";
+  const DeviceGuard guard(x.get_device_index());
+  check_beside(op, "grad_y", grad_y, x);
+  check_slice(op, "grad_y", grad_y, 0, x.size(1));
+  x = nhwc(x);
+  grad_y = nhwc(grad_y);
+  GcrbTensors t{w1, b1, w2, b2, w3, b3};
+  GcrbBackwardParams p{};
+  p.forward = gcrb_params(op, x, t, groups);
+  Tensor grad_x = empty_nhwc(x, x.size(1)),
+         partial = empty_floats(x, gcrb_partial_floats(p.forward));
+  GcrbTensors grad{empty_beside(t.w1), empty_beside(t.b1), empty_beside(t.w2),
+                   empty_beside(t.b2), empty_beside(t.w3), empty_beside(t.b3)};
+  p.grad_y = map_of(grad_y);
+  p.grad_x = map_of(grad_x);
+  p.grad_w1 = grad.w1.mutable_data_ptr();
+  p.grad_b1 = grad.b1.mutable_data_ptr();
+  p.grad_w2 = grad.w2.mutable_data_ptr();
+  p.grad_b2 = grad.b2.mutable_data_ptr();
+  p.grad_w3 = grad.w3.mutable_data_ptr();
+  p.grad_b3 = grad.b3.mutable_data_ptr();
+  p.partial = floats(partial);
+  check_launch(op, launch_gcrb_bwd(p, current_stream(x)));
+  return {grad_x,
+          as_dtype(grad.w1, w1.scalar_type()),
+          as_dtype(grad.b1, b1.scalar_type()),
+          as_dtype(grad.w2, w2.scalar_type()),
+          as_dtype(grad.b2, b2.scalar_type()),
+          as_dtype(grad.w3, w3.scalar_type()),
+          as_dtype(grad.b3, b3.scalar_type())};
+}
+
+// The betas stand in the place of the biases.
+GcrbTrainParams gcrb_train_params(const char* op, const Tensor& x, GcrbTensors& t,
+                                  Tensor (&gamma)[3], int64_t groups, double eps) {
+  // Before gcrb_params, which makes all weights one dtype: the gammas join them.
+  const Dtype united =
+      unite(op, x, {&t.w1, &gamma[0], &t.b1, &t.w2, &gamma[1], &t.b2, &t.w3, &gamma[2], &t.b3});
+  const GcrbParams f = gcrb_params(op, x, t, groups);
+  STD_TORCH_CHECK(f.weights.dtype == united && gamma[0].numel() == f.m && gamma[1].numel() == f.m &&
+                      gamma[2].numel() == f.c,
+                  op, ": gamma1, gamma2 and gamma3 must have M, M and C values");
+  GcrbTrainParams p{};
+  p.dtype = f.dtype;
+  p.n = f.n;
+  p.c = f.c;
+  p.h = f.h;
+  p.w = f.w;
+  p.m = f.m;
+  p.groups = f.groups;
+  p.eps = static_cast<float>(eps);
+  p.x = f.x;
+  p.weights = f.weights;
+  for (int i = 0; i < 3; i++) p.gamma[i] = gamma[i].const_data_ptr();
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gcrb_train(Tensor x, Tensor w1, Tensor gamma1, Tensor beta1,
+                                              Tensor w2, Tensor gamma2, Tensor beta2, Tensor w3,
+                                              Tensor gamma3, Tensor beta3, int64_t groups,
+                                              double eps) {
+  const char* op = "gcrb_train_cuda";
+  const DeviceGuard guard(x.get_device_index());
+  check_map(op, "x", x);
+  x = nhwc(x);
+  GcrbTensors t{w1, beta1, w2, beta2, w3, beta3};
+  Tensor gamma[3] = {gamma1, gamma2, gamma3};
+  GcrbTrainParams p = gcrb_train_params(op, x, t, gamma, groups, eps);
+  Tensor y = empty_nhwc(x, p.c), mean = empty_floats(x, 2 * p.m + p.c),
+         var = empty_floats(x, 2 * p.m + p.c), depthwise = empty_floats(x, p.n * p.h * p.w * p.m),
+         partial = empty_floats(x, gcrb_train_partial_floats(p));
+  p.y = map_of(y);
+  p.mean = floats(mean);
+  p.var = floats(var);
+  p.depthwise = floats(depthwise);
+  p.partial = floats(partial);
+  check_launch(op, launch_gcrb_train(p, current_stream(x)));
+  return {y, mean, var};
+}
+
+using TenTensors =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+TenTensors gcrb_train_backward(Tensor grad_y, Tensor x, Tensor w1, Tensor gamma1, Tensor beta1,
+                               Tensor w2, Tensor gamma2, Tensor beta2, Tensor w3, Tensor gamma3,
+                               Tensor beta3, Tensor mean, Tensor var, int64_t groups, double eps) {
+  const char* op = "gcrb_train_backward_cuda";
+  const DeviceGuard guard(x.get_device_index());
+  check_beside(op, "grad_y", grad_y, x);
+  check_slice(op, "grad_y", grad_y, 0, x.size(1));
+  x = nhwc(x);
+  grad_y = nhwc(grad_y);
+  GcrbTensors t{w1, beta1, w2, beta2, w3, beta3};
+  Tensor gamma[3] = {gamma1, gamma2, gamma3};
+  GcrbTrainBackwardParams p{};
+  p.forward = gcrb_train_params(op, x, t, gamma, groups, eps);
+  const int64_t stats = 2 * p.forward.m + p.forward.c;
+  for (Tensor* s : {&mean, &var}) {
+    STD_TORCH_CHECK(
+        s->numel() == stats && s->is_cuda() && s->get_device_index() == x.get_device_index(), op,
+        ": mean and var must have ", stats, " values on the device of x");
+    *s = torch::stable::contiguous(as_dtype(*s, ScalarType::Float));
+  }
+  p.forward.mean = floats(mean);
+  p.forward.var = floats(var);
+  const int64_t pixels = p.forward.n * p.forward.h * p.forward.w * p.forward.m;
+  Tensor grad_x = empty_nhwc(x, p.forward.c), depthwise = empty_floats(x, pixels),
+         grad1 = empty_floats(x, pixels), grad2 = empty_floats(x, pixels),
+         partial = empty_floats(x, gcrb_train_bwd_partial_floats(p.forward));
+  p.forward.depthwise = floats(depthwise);
+  p.grad1 = floats(grad1);
+  p.grad2 = floats(grad2);
+  p.partial = floats(partial);
+  p.grad_y = map_of(grad_y);
+  p.grad_x = map_of(grad_x);
+  GcrbTensors grad{empty_beside(t.w1), empty_beside(t.b1), empty_beside(t.w2),
+                   empty_beside(t.b2), empty_beside(t.w3), empty_beside(t.b3)};
+  Tensor grad_gamma[3] = {empty_beside(gamma[0]), empty_beside(gamma[1]), empty_beside(gamma[2])};
+  p.grad_w1 = grad.w1.mutable_data_ptr();
+  p.grad_w2 = grad.w2.mutable_data_ptr();
+  p.grad_w3 = grad.w3.mutable_data_ptr();
+  p.grad_beta[0] = grad.b1.mutable_data_ptr();
+  p.grad_beta[1] = grad.b2.mutable_data_ptr();
+  p.grad_beta[2] = grad.b3.mutable_data_ptr();
+  for (int i = 0; i < 3; i++) p.grad_gamma[i] = grad_gamma[i].mutable_data_ptr();
+  check_launch(op, launch_gcrb_train_bwd(p, current_stream(x)));
+  return {grad_x,
+          as_dtype(grad.w1, w1.scalar_type()),
+          as_dtype(grad_gamma[0], gamma1.scalar_type()),
+          as_dtype(grad.b1, beta1.scalar_type()),
+          as_dtype(grad.w2, w2.scalar_type()),
+          as_dtype(grad_gamma[1], gamma2.scalar_type()),
+          as_dtype(grad.b2, beta2.scalar_type()),
+          as_dtype(grad.w3, w3.scalar_type()),
+          as_dtype(grad_gamma[2], gamma3.scalar_type()),
+          as_dtype(grad.b3, beta3.scalar_type())};
 }
 
 AcrbParams acrb_params(const char* op, const Tensor& x, Tensor& weight, Tensor& bias,
@@ -229,8 +271,8 @@ std::tuple<Tensor, Tensor, Tensor> acrb_backward(Tensor grad_y, Tensor x, Tensor
   p.after = x.size(1) - start - p.forward.d;
   p.grad_weight = grad_weight.mutable_data_ptr();
   p.grad_bias = grad_bias.mutable_data_ptr();
-  p.masked = static_cast<float*>(masked.mutable_data_ptr());
-  p.partial = static_cast<float*>(partial.mutable_data_ptr());
+  p.masked = floats(masked);
+  p.partial = floats(partial);
   check_launch(op, launch_acrb_bwd(p, current_stream(x)));
   return {grad_x, as_dtype(grad_weight, weight_dtype), as_dtype(grad_bias, bias_dtype)};
 }
@@ -242,6 +284,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efrdn_fast_ext, m) {
   m.def(
       "gcrb_cuda(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Tensor b3, "
       "int groups) -> Tensor");
+  m.def(
+      "gcrb_backward_cuda(Tensor grad_y, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, "
+      "Tensor w3, Tensor b3, int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
+  m.def(
+      "gcrb_train_cuda(Tensor x, Tensor w1, Tensor gamma1, Tensor beta1, Tensor w2, Tensor gamma2, "
+      "Tensor beta2, Tensor w3, Tensor gamma3, Tensor beta3, int groups, float eps) -> (Tensor, "
+      "Tensor, Tensor)");
+  m.def(
+      "gcrb_train_backward_cuda(Tensor grad_y, Tensor x, Tensor w1, Tensor gamma1, Tensor beta1, "
+      "Tensor w2, Tensor gamma2, Tensor beta2, Tensor w3, Tensor gamma3, Tensor beta3, "
+      "Tensor mean, Tensor var, int groups, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("acrb_cuda(Tensor x, Tensor weight, Tensor bias, int start) -> Tensor");
   m.def(
       "acrb_out_cuda(Tensor x, Tensor weight, Tensor bias, int start, Tensor(a!) out, "
@@ -253,6 +308,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efrdn_fast_ext, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(efrdn_fast_ext, CUDA, m) {
   m.impl("gcrb_cuda", TORCH_BOX(&efrdn_fast::gcrb));
+  m.impl("gcrb_backward_cuda", TORCH_BOX(&efrdn_fast::gcrb_backward));
+  m.impl("gcrb_train_cuda", TORCH_BOX(&efrdn_fast::gcrb_train));
+  m.impl("gcrb_train_backward_cuda", TORCH_BOX(&efrdn_fast::gcrb_train_backward));
   m.impl("acrb_cuda", TORCH_BOX(&efrdn_fast::acrb));
   m.impl("acrb_out_cuda", TORCH_BOX(&efrdn_fast::acrb_out));
   m.impl("acrb_backward_cuda", TORCH_BOX(&efrdn_fast::acrb_backward));
