@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _NAMES = {
     "EFRDN": "model",
     "EFRDNConfig": "config",
+    "EFRDNFast": "fast",
+    "accelerate": "fast",
     "backends": "dispatch",
     "imresize": "resize",
     "upscale": "upscaler",

@@ -36,6 +36,7 @@ __all__ = [
     "choose_backward",
     "implementation",
     "implementations",
+    "requested",
     "use_backend",
 ]
 
@@ -160,10 +161,13 @@ def choose(op: str, backend: str, x: torch.Tensor) -> str:
     return _choose(op, backend, x.device, x.dtype)
 
 
+def requested(backend: str) -> str:
+    """`backend`, or what `use_backend` or EFRDN_FAST_BACKEND put in the place of "auto"."""
+    return (_override.get() or env.backend()) if backend == "auto" else backend
+
+
 def _choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    if backend == "auto":
-        backend = _override.get() or env.backend()
-    return _resolve(op, backend, device, dtype)
+    return _resolve(op, requested(backend), device, dtype)
 
 
 # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo (2 s): a

@@ -1,0 +1,273 @@
+"""EFRDNFast: EFRDN with the same arguments, keys and results, sooner.
+
+A network in evaluation mode, called without gradients, runs on weights packed for inference (see
+`packing`). They are derived at the first call for a device, compute dtype and choice of backends,
+and again as soon as a parameter or running statistic has changed; they are never saved, copied or
+pickled. Everything else (training, evaluation with gradients, tracing, compiling, tensors without
+data) is the forward of EFRDN itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import dispatch, env
+from .device import HALF, PRECISIONS, precision
+from .model import EFRDN, check_input
+from .packing import OPS, Conv, PackedGConv, PackedTransformer, Target, pack_body
+
+__all__ = ["EFRDNFast", "accelerate"]
+
+
+class EFRDNFast(EFRDN):
+    """Drop-in for `EFRDN`: constructor, state dict, training and results are the same.
+
+    A change through `parameter.data` is the one that PyTorch does not count: `train()` or `eval()`
+    after it makes the packed weights anew. Hooks of sub-modules run in the plain forward only.
+
+    Args:
+        scale, channels, distilled, segments, segment_tokens, fold, module, ablation: As `EFRDN`.
+        backend: "auto", "reference", "triton", "cuda" or "cpu"; one that is named serves the ops
+            that it implements, or raises, and the reference serves the others. Default: "auto".
+        dtype: "auto" (that of the weights, or of autocast), "fp32", "tf32", "fp16" or "bf16".
+            Half precision keeps input, tails and output in the dtype of the weights; an output
+            that is not finite is computed again in bf16, then in fp32. Default: "auto".
+
+    Raises:
+        ValueError, TypeError: An argument is out of range; the message names it.
+
+    Example:
+        >>> net = EFRDNFast.from_pretrained("x4")
+        >>> with torch.inference_mode():
+        ...     sr = net(torch.rand(1, 3, 48, 48))  # [1, 3, 192, 192]
+    """
+
+    _packed: tuple[tuple, dict] | None = None  # fingerprint of the weights, packed by target
+    _overflowed = False  # whether the warning about it has been given
+
+    def __init__(self, scale: int = 4, *, backend: str = "auto", dtype: str = "auto", **options):
+        super().__init__(scale, **options)
+        _check_choices(backend, dtype)
+        self.backend, self.dtype = backend, dtype
+
+    @classmethod
+    def from_reference(cls, net: EFRDN, *, backend: str = "auto", dtype: str = "auto") -> EFRDNFast:
+        """The fast form of `net`, on the same parameters and buffers: training one trains both."""
+        if not isinstance(net, EFRDN):
+            raise TypeError(f"EFRDNFast: expected an EFRDN, got {type(net).__name__}")
+        _check_choices(backend, dtype)
+        fast = cls.__new__(cls)
+        nn.Module.__init__(fast)
+        for key, value in net.__dict__.items():
+            if key != "_packed":
+                fast.__dict__[key] = value.copy() if isinstance(value, (dict, set)) else value
+        fast.backend, fast.dtype = backend, dtype
+        return fast
+
+    @property
+    def plan(self) -> dict[str, str] | None:
+        """Op -> backend of the last packing; None before the first call, or since a change."""
+        packed = self._packed
+        return None if packed is None else dict(next(reversed(packed[1].values())).plan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `EFRDN.forward`: `[N, 3, H, W]` in [0, 1] -> `[N, 3, scale H, scale W]`."""
+        weights = None if _traced(x) or x.device.type == "meta" else _inference_weights(self, x)
+        if weights is None:
+            return super().forward(x)
+        check_input(x)
+        self._check_fit(x)
+        own, device = self.head.weight.dtype, x.device
+        if self.dtype == "auto":
+            autocast = torch.is_autocast_enabled(device.type)
+            compute = torch.get_autocast_dtype(device.type) if autocast else own
+            return self._run(x, weights, compute)
+        _warn_when_slow(self.dtype, device)
+        tries = PRECISIONS[self.dtype]
+        for name in tries:
+            # On a CPU there is nothing to switch, and what is switched is of the whole process.
+            switch = precision(device, name) if device.type == "cuda" and name not in HALF else None
+            with switch or contextlib.nullcontext():
+                y = self._run(x, weights, HALF.get(name, torch.promote_types(own, torch.float32)))
+            # One reduction: a sum is finite only where all its terms are.
+            if len(tries) == 1 or bool(y.sum(dtype=torch.float32).isfinite()):
+                break
+        else:
+            return y  # not finite in any precision, as the input or the weights are not
+        if name != tries[0] and not self._overflowed:
+            self._overflowed = True
+            warnings.warn(f"EFRDNFast: {self.dtype} overflowed; the result was computed in {name}")
+        return y
+
+    def _check_fit(self, x: Tensor) -> None:
+        weight = self.head.weight
+        if x.device != weight.device:
+            raise ValueError(
+                f"EFRDNFast: the input is on {x.device}, the weights on {weight.device}; "
+                "move one of them with .to()"
+            )
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if x.dtype != weight.dtype and not autocast:
+            raise TypeError(f"EFRDNFast: the input is {x.dtype}, the weights are {weight.dtype}")
+
+    def _run(self, x: Tensor, weights: list[Tensor], compute: torch.dtype) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self._pack(weights, x.device, compute)(x.to(self.head.weight.dtype))
+
+    def _pack(self, weights: list[Tensor], device: torch.device, compute: torch.dtype) -> _Packed:
+        """The packed network for `compute`, made anew where the weights have changed."""
+        backend = dispatch.requested(self.backend)
+        key = device, compute, backend
+        # Replicas of DataParallel live for one call; inference tensors do not count changes.
+        lasting = not (
+            getattr(self, "_is_replica", False) or any(w.is_inference() for w in weights)
+        )
+        fingerprint = tuple((w.data_ptr(), w._version) for w in weights) if lasting else ()
+        packed = self._packed
+        if lasting and packed and packed[0] == fingerprint and key in packed[1]:
+            return packed[1][key]
+        like = torch.empty(0, dtype=compute, device=device)
+        plan = _plan(backend, like)
+        # Aliases keep the memory, so that no new weight can come to lie at an old address.
+        net = _Packed(self, Target(compute, plan), [w.detach() for w in weights])
+        if lasting:
+            kept = packed[1] if packed and packed[0] == fingerprint else {}
+            self._packed = fingerprint, {**kept, key: net}
+        return net
+
+    def train(self, mode: bool = True) -> EFRDNFast:
+        self._packed = None
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        plan = self.plan
+        shown = "at the first call" if plan is None else plan
+        return (
+            f"{super().extra_repr()}, backend={self.backend!r}, dtype={self.dtype!r}, plan={shown}"
+        )
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "_packed"}
+
+
+class _Packed:
+    """The network for one device, compute dtype and plan of backends."""
+
+    def __init__(self, net: EFRDN, to: Target, sources: list[Tensor]):
+        self.plan, self.dtype, self.sources = to.plan, to.dtype, sources
+        ends = Target(net.head.weight.dtype, to.plan)
+        count = len(net.acdm)
+        self.head = Conv(net.head, ends)
+        self.body = [
+            (pack_body(net.acdm[i % count], i // count, to), PackedGConv(gconv, to))
+            for i, gconv in enumerate(net.gconv)
+        ]
+        self.trans = [
+            (PackedTransformer(trans, to), Conv(tconv, to))
+            for trans, tconv in zip(net.trans, net.tconv, strict=True)
+        ]
+        deep = net.reconstruct_deep
+        self.deep = Conv(deep.conv1, ends), Conv(deep.conv2, ends)
+        self.shallow = Conv(net.reconstruct_shallow.conv, ends)
+        self.scale = net.scale
+        self.cnn_dense, self.transformer_dense = net.cnn_dense, net.transformer_dense
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Eqs. 1-9; sums over several blocks are kept in the dtype of the ends."""
+        shallow = self.head(x.contiguous(memory_format=torch.channels_last))
+        features = shallow.to(self.dtype)
+        total = shallow
+        for body, gconv in self.body:
+            y = body(features)
+            features = gconv((y + total).to(self.dtype) if self.cnn_dense else y)
+            total = total + features
+        c_out = total if self.cnn_dense else features + shallow
+        t_out1 = self._transform(0, c_out)
+        t_out2 = self._transform(1, t_out1 + c_out if self.transformer_dense else t_out1)
+        y = t_out2 + shallow
+        if self.transformer_dense:
+            y = y + t_out1 + c_out
+        first, second = self.deep
+        y = second(first(y)).add_(self.shallow(shallow))
+        return F.pixel_shuffle(y, self.scale).contiguous()
+
+    def _transform(self, which: int, x: Tensor) -> Tensor:
+        trans, tconv = self.trans[which]
+        return tconv(trans(x.to(self.dtype)))
+
+
+def accelerate(net: EFRDN, *, backend: str = "auto", dtype: str = "auto") -> EFRDNFast:
+    """`EFRDNFast.from_reference`: the fast form of `net`, sharing its parameters.
+
+    Raises:
+        TypeError: `net` is no EFRDN.
+        ValueError: No such backend or dtype.
+
+    Example:
+        >>> net = accelerate(EFRDN.from_pretrained("x4"))
+    """
+    return EFRDNFast.from_reference(net, backend=backend, dtype=dtype)
+
+
+def _check_choices(backend: str, dtype: str) -> None:
+    if dtype not in PRECISIONS:
+        raise ValueError(f"EFRDNFast: dtype must be one of {', '.join(PRECISIONS)}; got {dtype!r}")
+    if backend != "auto" and backend not in env.BACKENDS:
+        table = {row.backend: row.reason for row in dispatch.backends()}
+        names = ", ".join(f"{n} (not here: {why})" if why else n for n, why in table.items())
+        raise ValueError(f"EFRDNFast: backend must be one of auto, {names}; got {backend!r}")
+
+
+def _plan(backend: str, like: Tensor) -> dict[str, str]:
+    """Op -> backend: the one that is named serves the ops it has, the reference the rest."""
+    serving = {op: {impl.backend for impl in dispatch.implementations(op)} for op in OPS}
+    if backend != "auto" and not any(backend in names for names in serving.values()):
+        dispatch.choose(OPS[0], backend, like)  # raises: it would serve nothing
+    return {
+        op: dispatch.choose(op, backend if backend in {"auto", *names} else "reference", like)
+        for op, names in serving.items()
+    }
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether somebody records this call: packed weights would be constants in the record."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or type(x) not in (Tensor, nn.Parameter)
+    )
+
+
+def _inference_weights(net: nn.Module, x: Tensor) -> list[Tensor] | None:
+    """All parameters and buffers, or None where training or gradients need the plain forward."""
+    grad = torch.is_grad_enabled()
+    if grad and (x.requires_grad or getattr(net, "_is_replica", False)):
+        return None
+    weights, left = [], [net]
+    while left:
+        module = left.pop()
+        if module.training:
+            return None
+        for tensors in (module._parameters, module._buffers):
+            weights += [t for t in tensors.values() if t is not None]
+        left += [m for m in module._modules.values() if m is not None]
+    return None if grad and any(w.requires_grad for w in weights) else weights
+
+
+_slow: set[str] = set()
+
+
+def _warn_when_slow(dtype: str, device: torch.device) -> None:
+    """Once per dtype: half precision on a CPU that has no instructions for it."""
+    if device.type != "cpu" or dtype not in HALF or dtype in _slow:
+        return
+    able = torch.cpu.get_capabilities()
+    needs = {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_fp16", "amx_fp16")}
+    if not any(able.get(name) for name in needs[dtype]):
+        _slow.add(dtype)
+        warnings.warn(f"EFRDNFast: this CPU computes {dtype} slower than fp32; use dtype='fp32'")

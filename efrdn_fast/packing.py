@@ -1,0 +1,368 @@
+"""Blocks of EFRDN packed for inference: BatchNorm folded per use, branches merged, NHWC memory.
+
+Every class is built from a module of `blocks` (or `transformer`) and holds plain tensors derived
+from its parameters. Maps are `[N, C, H, W]` in NHWC memory and of the compute dtype. A part that
+has no packed form runs as the module it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import blocks, functional, reference, reparam
+from .transformer import TransformerBlock
+
+__all__ = ["OPS", "Conv", "PackedACDM", "PackedGConv", "PackedTransformer", "Target", "pack_body"]
+
+OPS = ("gcrb", "acrb_out")
+"""Ops of `functional` that the packed network calls; each has a backend of its own."""
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the packed weights are made for."""
+
+    dtype: torch.dtype
+    """Of the maps between head and tails."""
+    plan: Mapping[str, str]
+    """Op -> backend."""
+
+    def weight(self, value: Tensor) -> Tensor:
+        """Compute dtype; NHWC memory where it has four dimensions."""
+        value = value.detach().to(self.dtype)
+        return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+
+    def folded(self, value: Tensor) -> Tensor:
+        """Float32 at least, which the ops of `functional` take with maps of any dtype."""
+        return value.detach().to(torch.promote_types(self.dtype, torch.float32))
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """`[N, H, W, C]` view."""
+    return x.permute(0, 2, 3, 1)
+
+
+def interleave(a: Tensor, b: Tensor) -> Tensor:
+    """Channels a0, b0, a1, b1, ... in NHWC memory."""
+    a, b = nhwc(a), nhwc(b)
+    if a.dtype == torch.float32:
+        # Real and imaginary parts lie side by side: a fifth of the time of a stack at 96x96.
+        pairs = torch.view_as_real(torch.complex(a, b))
+    else:
+        pairs = torch.stack((a, b), dim=-1)
+    return pairs.flatten(3).permute(0, 3, 1, 2)
+
+
+class Conv:
+    """Convolution of an `nn.Conv2d` with other weights, in place of the module."""
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        to: Target,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ):
+        bias = conv.bias if bias is None else bias
+        self.weight = to.weight(conv.weight if weight is None else weight)
+        self.bias = None if bias is None else to.weight(bias)
+        self.options = {
+            "stride": conv.stride,
+            "padding": conv.padding,
+            "groups": conv.groups,
+        }
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, **self.options)
+
+
+class PackedModule:
+    """A part without a packed form: the module itself, under autocast where dtypes differ."""
+
+    def __init__(self, module: nn.Module, use: int, to: Target):
+        own = next((p.dtype for p in module.parameters()), to.dtype)
+        self.module, self.use = module, use
+        self.autocast = to.dtype if own != to.dtype else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.autocast is None:
+            return self.module(x, self.use)
+        with torch.autocast(x.device.type, self.autocast):
+            return self.module(x, self.use)
+
+
+class PackedGCRB:
+    """One op, backend as planned."""
+
+    def __init__(self, block: nn.Module, use: int, to: Target):
+        self.weights = [to.folded(w) for w in reparam.fold_gcrb(block, use)]
+        self.groups, self.backend = block.squeeze.groups, to.plan["gcrb"]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.gcrb(x, *self.weights, groups=self.groups, backend=self.backend)
+
+
+def pack_gcrb(block: nn.Module, use: int, to: Target) -> Map:
+    if isinstance(block, blocks.GCRB):
+        return PackedGCRB(block, use, to)
+    return PackedModule(block, use, to)
+
+
+class PackedESA:
+    """ESA whose two 1x1 convolutions of the input are one: `a` and `skip(a)` side by side."""
+
+    def __init__(self, block: blocks.ESA, to: Target):
+        reduce, skip = block.reduce, block.skip
+        weight, inner = reduce.weight.double(), reduce.out_channels
+        through = skip.weight.double().flatten(1)
+        shortcut = (through @ weight.flatten(1)).view_as(weight)
+        offset = through @ reduce.bias.double() + skip.bias.double()
+        self.inner = inner
+        self.enter = Conv(
+            reduce, to, torch.cat((weight, shortcut)), torch.cat((reduce.bias.double(), offset))
+        )
+        down = block.down.weight  # reads `a` in the first half of the channels, nothing in the rest
+        self.down = Conv(block.down, to, torch.cat((down, torch.zeros_like(down)), dim=1))
+        self.deep = [Conv(c, to) for c in (block.deep1, block.deep2, block.deep3)]
+        self.expand = Conv(block.expand, to)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        a = self.enter(x)
+        b = self.down(a)
+        b = F.max_pool2d(b, min(7, b.shape[2], b.shape[3]), stride=3)
+        b = self.deep[0](b).relu_()
+        b = self.deep[2](self.deep[1](b).relu_())
+        b = F.interpolate(b, size=x.shape[2:], mode="bilinear", align_corners=False)
+        return self.expand(b.add_(a[:, self.inner :])).sigmoid_().mul_(x)
+
+
+class Gate:
+    """Gate of a CC, `[N, C, 1, 1]`; 1 where the CC is removed."""
+
+    def __init__(self, block: nn.Module, to: Target):
+        self.dtype = to.dtype
+        self.weights = None
+        if isinstance(block, blocks.CC):
+            # Statistics and gate in float32 at least: they are `C` numbers per image.
+            wide = torch.promote_types(to.dtype, torch.float32)
+            squeeze, excite = block.squeeze, block.excite
+            self.weights = [
+                w.detach().flatten(1).to(wide) if w.ndim == 4 else w.detach().to(wide)
+                for w in (squeeze.weight, squeeze.bias, excite.weight, excite.bias)
+            ]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weights is None:
+            return x.new_ones(1, 1, 1, 1)
+        w1, b1, w2, b2 = self.weights
+        mean = x.mean(dim=(2, 3), keepdim=True, dtype=w1.dtype)
+        variance = (x - mean).square_().mean(dim=(2, 3), keepdim=True)
+        both = torch.stack((mean, (variance + 1e-6).sqrt())).flatten(2)  # [2, N, C]
+        gates = F.linear(F.linear(both, w1, b1).relu_(), w2, b2).sigmoid_()
+        return gates.mean(dim=0)[:, :, None, None].to(self.dtype)
+
+
+class PackedSC:
+    """SCSA or SCCA."""
+
+    def __init__(self, block: blocks.SelfCalibrated, to: Target):
+        attention = block.attention
+        self.half = block.split.out_channels // 2
+        self.split, self.context = Conv(block.split, to), Conv(block.context, to)
+        self.merge = Conv(block.merge, to)
+        self.spatial = None
+        if isinstance(attention, blocks.SpatialAttention):
+            self.spatial = Conv(attention.conv, to)
+        else:
+            self.squeeze = to.weight(attention.squeeze.weight.flatten(1))
+            self.excite = to.weight(attention.excite.weight.flatten(1))
+
+    def gate(self, left: Tensor) -> Tensor:
+        if self.spatial is not None:
+            pooled = (left.mean(dim=1, keepdim=True), left.amax(dim=1, keepdim=True))
+            return self.spatial(torch.cat(pooled, dim=1)).sigmoid_()  # [N, 1, H, W]
+        pooled = F.linear(left.mean(dim=(2, 3)), self.squeeze).relu_()
+        return F.linear(pooled, self.excite).sigmoid_()[:, :, None, None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        left, right = self.split(x).split(self.half, dim=1)
+        right = self.context(right).relu_()
+        return self.merge(interleave(left * self.gate(left), right)).add_(x)
+
+
+class PackedEFFB:
+    """EFFB; its first fusion is the sum of two convolutions, so nothing is interleaved."""
+
+    def __init__(self, block: blocks.EFFB, use: int, to: Target):
+        self.gcrb = [PackedGCRB(b, use, to) for b in (block.gcrb1, block.gcrb2, block.gcrb3)]
+        weight = block.fuse12.weight
+        self.fuse1 = Conv(block.fuse12, to, weight[:, 0::2])
+        self.fuse2 = Conv(block.fuse12, to, weight[:, 1::2])
+        self.fuse3 = Conv(block.fuse3, to)
+        self.scsa, self.scca = PackedSC(block.scsa, to), PackedSC(block.scca, to)
+
+    def __call__(self, e: Tensor) -> Tensor:
+        g1 = self.gcrb[0](e)
+        g2 = self.gcrb[1](g1)
+        g3 = self.gcrb[2](g2)
+        m = self.scsa(self.fuse1(g1).add_(self.fuse2(g2)))
+        return self.scca(self.fuse3(m.add_(g3)))
+
+
+class PackedFFLB:
+    """FFLB (Eqs. 10-16); gates are applied where their product is added."""
+
+    def __init__(self, block: blocks.FFLB, use: int, to: Target):
+        self.gcrb1, self.gcrb2 = (pack_gcrb(b, use, to) for b in (block.gcrb1, block.gcrb2))
+        self.esa1, self.esa2 = PackedESA(block.esa1, to), PackedESA(block.esa2, to)
+        self.a1, self.a2 = Gate(block.cc_a1, to), Gate(block.cc_a2, to)
+        self.b1, self.b2 = Gate(block.cc_b1, to), Gate(block.cc_b2, to)
+        self.s1, self.s2 = to.weight(block.branch_weight)
+        full = isinstance(block.effb, blocks.EFFB)
+        self.effb = PackedEFFB(block.effb, use, to) if full else PackedModule(block.effb, use, to)
+
+    def __call__(self, e: Tensor) -> Tensor:
+        low = self.esa1(self.gcrb1(e))  # (10)
+        upper = torch.addcmul(e, low, self.b1(low))  # (11)
+        lower = torch.addcmul(low, e, self.a1(e))  # (12)
+        up = self.esa2(self.gcrb2(upper))  # (13)
+        # (14), (15) and their weighted sum, gathered by `up` and `lower`
+        mixed = up * (self.s1 + self.s2 * self.a2(up))
+        mixed.addcmul_(lower, self.s2 + self.s1 * self.b2(lower))
+        return e + self.effb(mixed)  # (16)
+
+
+class PackedACDM:
+    """ACDM (Eqs. 17-27); ACRB reads its slice in place and writes where it is fused."""
+
+    def __init__(self, block: blocks.ACDM, use: int, to: Target):
+        self.widths, self.backend = block.widths, to.plan["acrb_out"]
+        self.refine = [Conv(c, to) for c in block.refine]
+        self.acrb = [
+            [to.folded(w) for w in reparam.fold_acrb(b, use)]
+            if isinstance(b, blocks.ACRB)
+            else PackedModule(b, use, to)
+            for b in block.acrb
+        ]
+        self.fflb = [
+            PackedFFLB(b, use, to) if isinstance(b, blocks.FFLB) else PackedModule(b, use, to)
+            for b in block.fflb
+        ]
+        self.conv4, self.fuse = Conv(block.conv4, to), Conv(block.fuse, to)
+        self.mscc = []
+        if isinstance(block.mscc, blocks.MSCC):
+            self.mscc = [PackedSC(block.mscc.scsa, to), PackedSC(block.mscc.scca, to)]
+        self.joined = block.fuse.in_channels
+
+    def __call__(self, x: Tensor) -> Tensor:
+        remaining, distilled = self.widths
+        n, _, height, width = x.shape
+        kept = x.new_empty(n, height, width, self.joined).permute(0, 3, 1, 2)
+        t = x
+        for j, (refine, acrb, fflb) in enumerate(
+            zip(self.refine, self.acrb, self.fflb, strict=True)
+        ):
+            at = j * distilled
+            if isinstance(acrb, list):
+                functional.acrb_out(
+                    t, *acrb, kept, start=remaining, out_start=at, backend=self.backend
+                )
+            else:
+                kept[:, at : at + distilled] = acrb(t[:, remaining:])
+            t = fflb(refine(t[:, :remaining]))
+        kept[:, 3 * distilled :] = self.conv4(t)
+        y = self.fuse(kept)
+        for unit in self.mscc:
+            y = unit(y)
+        return y + x
+
+
+class PackedGConv:
+    """GConv."""
+
+    def __init__(self, block: blocks.GConv, to: Target):
+        self.depthwise, self.pointwise = Conv(block.depthwise, to), Conv(block.pointwise, to)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(x))
+
+
+class PackedTransformer:
+    """Transformer block whose tokens are tap-major, as NHWC memory gives them.
+
+    The order inside a token is free: the weights that read or write tokens are permuted alike.
+    """
+
+    def __init__(self, block: TransformerBlock, to: Target):
+        channels = block.norm1.normalized_shape[0] // 9
+        order = torch.arange(9 * channels).view(channels, 9).T.flatten()
+        emha, mlp = block.emha, block.mlp
+
+        def take(value: Tensor, dim: int = 0) -> Tensor:
+            return to.weight(value.index_select(dim, order.to(value.device)))
+
+        self.norms = [(take(n.weight), take(n.bias), n.eps) for n in (block.norm1, block.norm2)]
+        self.reduce, self.qkv = take(emha.reduce.weight, 1), to.weight(emha.qkv.weight)
+        self.proj = take(emha.proj.weight), take(emha.proj.bias)
+        self.fc1 = take(mlp.fc1.weight, 1), to.weight(mlp.fc1.bias)
+        self.fc2 = take(mlp.fc2.weight), take(mlp.fc2.bias)
+        self.emha, self.mean = emha, block.fold == "mean"
+
+    def norm(self, t: Tensor, which: int) -> Tensor:
+        weight, bias, eps = self.norms[which]
+        return F.layer_norm(t, weight.shape, weight, bias, eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        t = _unfold(x)  # [N, H W, 9 C]
+        qkv = F.linear(F.linear(self.norm(t, 0), self.reduce), self.qkv)
+        attention = self.emha.attention
+        if attention is reference.emha:  # nothing else was asked for by `set_attention`
+            attention = reference.emha_sdpa
+        length = self.emha.segment_length(t.shape[1])
+        t += F.linear(attention(qkv, self.emha.heads, length), *self.proj)  # (28)
+        del qkv
+        t += F.linear(F.linear(self.norm(t, 1), *self.fc1).relu_(), *self.fc2)  # (29)
+        return _fold(t, x.shape, self.mean)
+
+
+def _unfold(x: Tensor) -> Tensor:
+    """3x3 patches with zero padding as tokens `[N, H W, 9 C]`, tap-major."""
+    n, channels, height, width = x.shape
+    padded = F.pad(nhwc(x), (0, 0, 1, 1, 1, 1))
+    taps = padded.unfold(1, 3, 1).unfold(2, 3, 1)  # [N, H, W, C, 3, 3]
+    return taps.permute(0, 1, 2, 4, 5, 3).reshape(n, height * width, 9 * channels)
+
+
+def _fold(t: Tensor, shape: torch.Size, mean: bool) -> Tensor:
+    """Sum of the patches that meet at a pixel, or their mean; `[N, C, H, W]` in NHWC memory."""
+    n, channels, height, width = shape
+    t = t.view(n, height, width, 9, channels)
+    padded = t.new_zeros(n, height + 2, width + 2, channels)
+    for tap in range(9):
+        i, j = divmod(tap, 3)
+        padded[:, i : i + height, j : j + width] += t[:, :, :, tap]
+    y = padded[:, 1:-1, 1:-1]
+    if mean:
+        y = y / (_patches(y, height)[:, None, None] * _patches(y, width)[:, None])
+    return y.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def _patches(like: Tensor, length: int) -> Tensor:
+    """How many patches cover each pixel along one axis: 3 inside, 2 at both ends."""
+    count = like.new_full((length,), 3.0)
+    count[0] = count[-1] = 2.0
+    return count
+
+
+def pack_body(module: nn.Module, use: int, to: Target) -> Map:
+    """Packed ACDM; IMDB and RFDB run as they are."""
+    if isinstance(module, blocks.ACDM):
+        return PackedACDM(module, use, to)
+    return PackedModule(module, use, to)
