@@ -367,3 +367,51 @@ def test_acrb_backward(shape, width, start, out_width, out_start, dtype):
     assert (whole[:, start + d :] == 0).all()
     exact = testing.gradients(reference.acrb, grad_y)
     testing.assert_close_to_reference(out, exact, [x, weight, bias])
+
+
+def conv_source(channels: int, size: tuple[int, int, int], dtype: torch.dtype, seed: int) -> Tensor:
+    """NHWC; odd channel counts are slices of a wider map that is NaN elsewhere."""
+    n, h, w = size
+    layout = "sliced" if channels % 8 else "channels_last"
+    return testing.make_input((n, channels, h, w), dtype, layout=layout, seed=seed)
+
+
+CONV_CASES = [
+    # N H W, channels of the sources, Cout, groups, dtype, options
+    pytest.param((1, 1, 1), [32], 32, 1, torch.float32, "", id="1x1"),
+    pytest.param((1, 1, 5), [32], 32, 1, torch.float16, "bias relu", id="1x5-fp16"),
+    pytest.param((2, 17, 19), [32], 32, 1, torch.bfloat16, "bias residual", id="N2-17x19-bf16"),
+    pytest.param((1, 17, 5), [23], 32, 1, torch.float32, "bias", id="17x5-C23"),
+    pytest.param((1, 5, 18), [9, 9, 9, 32], 32, 1, torch.float16, "bias", id="5x18-C59-fp16"),
+    pytest.param((1, 5, 18), [9, 9, 9, 32], 32, 1, torch.float32, "residual", id="5x18-C59"),
+    pytest.param((1, 5, 7), [32, 32], 32, 8, torch.float16, "interleaved", id="5x7-G8-C64-fp16"),
+    pytest.param((1, 5, 7), [16, 16], 32, 8, torch.float32, "interleaved residual", id="5x7-G8"),
+    pytest.param((1, 9, 7), [16], 16, 1, torch.bfloat16, "relu", id="9x7-C16-bf16"),
+    pytest.param((1, 5, 7), [32], 48, 1, torch.float16, "bias", id="5x7-Cout48-fp16"),
+    pytest.param((1, 5, 7), [3], 32, 1, torch.float32, "bias tf32", id="5x7-C3-tf32"),
+    pytest.param((1, 5, 7), [30], 27, 3, torch.float32, "bias tf32", id="5x7-G3-Cout27-tf32"),
+]
+
+
+@pytest.mark.parametrize(("size", "channels", "cout", "groups", "dtype", "options"), CONV_CASES)
+def test_conv3x3_forward(size, channels, cout, groups, dtype, options):
+    xs = [conv_source(c, size, dtype, seed=i) for i, c in enumerate(channels)]
+    weight = draw(cout, sum(channels) // groups, 3, 3)
+    bias = draw(cout, seed=1) if "bias" in options else None
+    residual = conv_source(cout, size, dtype, seed=9) if "residual" in options else None
+    flags = {name: name in options for name in ("relu", "interleaved")}
+    n, h, w = size
+    arrays = {f"x{i}": x for i, x in enumerate(xs)}
+    arrays |= {"weight": weight, "y": nhwc(n, cout, h, w, dtype)}
+    arrays |= {k: v for k, v in (("bias", bias), ("residual", residual)) if v is not None}
+    numbers = {"N": n, "H": h, "W": w, "Cout": cout, "groups": groups, **flags}
+    numbers["tf32"] = "tf32" in options
+    y = simt.run("conv3x3_fwd", arrays, numbers)["y"]
+    again = simt.run("conv3x3_fwd", arrays, numbers, "5")["y"]
+    assert torch.equal(y, again)
+
+    def exact(xs, weight, bias, residual):
+        return reference.conv3x3(xs, weight, bias, residual=residual, groups=groups, **flags)
+
+    args = [xs, weight, bias, residual]
+    testing.assert_close_to_reference(y, exact, args, dtype=dtype, tf32="tf32" in options)

@@ -24,7 +24,7 @@ CSRC = HERE.parent.parent / "csrc"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Values of `efrdn_fast::Dtype`."""
 FLAGS = [
-    *("-std=c++17", "-O1", "-g1", "-DEFRDN_FAST_SIMT"),
+    *("-std=c++17", "-O1", "-g1", "-fno-strict-aliasing", "-DEFRDN_FAST_SIMT"),
     "-fsanitize=address,bounds,alignment,shift,signed-integer-overflow",
     "-fno-sanitize-recover=all",
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"),
@@ -129,6 +129,7 @@ def _encode(name: str, value: Tensor | Sparse) -> tuple[bytes, list[int]]:
     offset = tensor.storage_offset() * tensor.element_size() if tensor is value else 0
     out += _number(f"{name}.offset", offset)
     if tensor.dim() == 4:
+        out += _number(f"{name}.C", tensor.shape[1])
         n, _, h, w = tensor.stride()
         strides = (n, h, w) if tensor is value else value.strides
         for axis, stride in zip("nhw", strides, strict=True):

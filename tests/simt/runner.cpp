@@ -3,6 +3,7 @@
 
 #include "acrb.h"
 #include "case.h"
+#include "conv3x3.h"
 #include "gcrb.h"
 #include "gcrb_train.h"
 #include "reduce.h"
@@ -117,6 +118,30 @@ cudaError_t acrb_bwd(const Case& c) {
   return efrdn_fast::launch_acrb_bwd(p, nullptr);
 }
 
+cudaError_t conv3x3_fwd(const Case& c) {
+  efrdn_fast::Conv3x3Params p{};
+  p.dtype = c.dtype("y");
+  p.tf32 = c.number("tf32");
+  p.n = c.number("N");
+  p.h = c.number("H");
+  p.w = c.number("W");
+  p.cout = c.number("Cout");
+  p.groups = c.number("groups");
+  for (std::string name = "x0"; c.has(name); name = "x" + std::to_string(p.sources)) {
+    p.x[p.sources] = c.map(name);
+    p.cin += c.number(name + ".C");
+    p.end[p.sources++] = p.cin;
+  }
+  p.interleaved = c.number("interleaved");
+  p.weight = c.data("weight");
+  p.weight_dtype = c.dtype("weight");
+  p.bias = c.data("bias");
+  p.relu = c.number("relu");
+  p.residual = c.map("residual");
+  p.y = c.map("y");
+  return efrdn_fast::launch_conv3x3_fwd(p, nullptr);
+}
+
 cudaError_t reduce_rows(const Case& c) {
   efrdn_fast::ReduceTargets targets;
   targets.dtype = c.dtype("first");
@@ -133,10 +158,10 @@ cudaError_t reduce_rows(const Case& c) {
 const struct {
   const char* name;
   cudaError_t (*run)(const Case&);
-} kOps[] = {{"gcrb_fwd", gcrb_fwd},      {"gcrb_bwd", gcrb_bwd},
-            {"gcrb_train", gcrb_train},  {"gcrb_train_bwd", gcrb_train_bwd},
-            {"acrb_fwd", acrb_fwd},      {"acrb_bwd", acrb_bwd},
-            {"reduce_rows", reduce_rows}};
+} kOps[] = {{"gcrb_fwd", gcrb_fwd},       {"gcrb_bwd", gcrb_bwd},
+            {"gcrb_train", gcrb_train},   {"gcrb_train_bwd", gcrb_train_bwd},
+            {"acrb_fwd", acrb_fwd},       {"acrb_bwd", acrb_bwd},
+            {"conv3x3_fwd", conv3x3_fwd}, {"reduce_rows", reduce_rows}};
 
 }  // namespace
 
