@@ -214,6 +214,8 @@ def train(
     """
     out = Path(run.out)
     out.mkdir(parents=True, exist_ok=True)
+    for part in out.glob(".*.part"):  # of a run that was killed while it saved
+        part.unlink()
     train_images, val_images = split_validation(find_images(data))
     cache_dir = run.cache_dir or out / "cache"
     cache = build_cache(train_images, options.scale, cache_dir, strict=run.strict)
