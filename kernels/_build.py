@@ -15,7 +15,6 @@ import platform
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -259,7 +258,7 @@ def _build(what: Plan) -> float:
         folder = Path(name)
         (folder / "build.ninja").write_text(_ninja_file(what))
         status = _run_ninja(folder, what.log)
-        if status:
+        if status != 0:
             raise BuildError(
                 f"building the {what.library} library failed: {_first_errors(what.log, status)} "
                 f"({_COST[what.library]}); log: {what.log}"
@@ -286,8 +285,11 @@ def _ninja_file(what: Plan) -> str:
     return "\n".join(lines)
 
 
-def _run_ninja(folder: Path, log: Path) -> int:
-    """Exit status of ninja; its output goes to the log, and to stderr when asked for."""
+def _run_ninja(folder: Path, log: Path) -> int | None:
+    """Exit status of ninja, None after `BUILD_SECONDS`.
+
+    Its output goes to the log, and to stderr when asked for.
+    """
     command = [_toolchain.ninja(), "-C", str(folder), "-v"]
     if jobs := os.environ.get("MAX_JOBS"):
         command += ["-j", jobs]
@@ -300,7 +302,13 @@ def _run_ninja(folder: Path, log: Path) -> int:
         errors="replace",
         start_new_session=True,
     )
-    watchdog = threading.Timer(BUILD_SECONDS, _end, [process])
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        _end(process)
+
+    watchdog = threading.Timer(BUILD_SECONDS, give_up)
     watchdog.start()
     try:
         with log.open("w") as file:
@@ -308,27 +316,31 @@ def _run_ninja(folder: Path, log: Path) -> int:
                 file.write(line)
                 if verbose:
                     sys.stderr.write(line)
-        return process.wait()
+        status = process.wait()
     finally:
         watchdog.cancel()
-        if process.poll() is None:  # interrupted
-            _end(process)
-            process.wait()
+        _end(process)  # of an interrupted build
+    return None if late.is_set() else status
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End ninja and the compilers it started."""
+    """End ninja where it still runs; asked politely it ends the compilers it started as well."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
-def _first_errors(log: Path, status: int, limit: int = 3) -> str:
+def _first_errors(log: Path, status: int | None, limit: int = 3) -> str:
     """The first lines of a log that name an error, on one line."""
+    if status is None:
+        return f"it took more than {BUILD_SECONDS} s"
     lines = log.read_text(errors="replace").splitlines()
     found = [line for line in lines if re.search(r"\berror\b|undefined reference", line)]
     found = [line for line in found if not line.startswith("ninja:")] or found
-    if status < 0:
-        return f"ended by signal {-status}, or after {BUILD_SECONDS} s"
     return " | ".join(line.strip() for line in found[:limit]) or f"ninja exited with {status}"
 
 
