@@ -15,7 +15,8 @@ EXTRAS = {
     "train": ["tensorboard>=2.15"],
     "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
     "images": ["opencv-python-headless>=4.12"],
-    "cuda": ["nvidia-cuda-nvcc>=13; platform_system == 'Linux'"],
+    # Pins its parts to one release, that of the cuda-toolkit which torch brings.
+    "cuda": ["cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]>=13; platform_system == 'Linux'"],
     "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"],
     "test": ["pytest>=8", "hypothesis>=6", "scikit-image>=0.24"],
 }

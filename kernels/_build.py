@@ -97,16 +97,18 @@ def _missing_cuda() -> str | None:
     found = _toolchain.cuda(major)
     mend = (
         f"install the CUDA toolkit {torch.version.cuda} or "
-        f"pip install 'nvidia-cuda-nvcc=={major}.*'"
+        f"pip install 'cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]=={torch.version.cuda}.*'"
     )
     if found is None:
-        return f"nvcc was not found (CUDA_HOME, PATH, nvidia-cuda-nvcc wheel); {mend}"
+        return f"nvcc was not found (CUDA_HOME, PATH, the cuda-toolkit wheels); {mend}"
     if found.version.split(".")[0] != major:
         return f"{found.nvcc} is CUDA {found.version}, torch is for {torch.version.cuda}; {mend}"
     if found.include is None:
         return f"cuda_runtime.h of {found.nvcc} was not found; {mend}"
+    if not any((found.include / name).is_file() for name in ("nv/target", "cccl/nv/target")):
+        return f"nv/target of {found.nvcc} was not found, part of cccl; {mend}"
     if found.cudart is None:
-        return f"libcudart.so.{major} was not found; pip install 'nvidia-cuda-runtime=={major}.*'"
+        return f"libcudart.so.{major} was not found; {mend}"
     return None
 
 

@@ -137,7 +137,7 @@ def _describe(nvcc: Path) -> Cuda | None:
 def cuda(major: str | None) -> Cuda | None:
     """The CUDA compiler to use: the first of torch's major version, else the first of any.
 
-    Looked for in CUDA_HOME, CUDA_PATH, PATH and the nvidia-cuda-nvcc wheel.
+    Looked for in CUDA_HOME, CUDA_PATH, PATH and the cuda-toolkit wheels.
     """
     found = [each for nvcc in _nvcc_candidates() if (each := _describe(nvcc))]
     same = [each for each in found if each.version.split(".")[0] == major]

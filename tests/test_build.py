@@ -276,6 +276,15 @@ def test_why_not_cuda_names_what_is_missing(nvcc, monkeypatch):
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "cuda_runtime.h" in _build._missing_cuda()
+    include = nvcc.parent.parent / "include"
+    include.mkdir()
+    (include / "cuda_runtime.h").touch()
+    _toolchain.cuda.cache_clear()
+    assert "nv/target" in _build._missing_cuda()
+    (include / "nv").mkdir()
+    (include / "nv" / "target").touch()
+    reason = _build._missing_cuda()
+    assert "libcudart.so.13" in reason and "cuda-toolkit[" in reason and "==13.0.*" in reason
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     _toolchain.cuda.cache_clear()
     assert "is CUDA 13.0, torch is for 12.8" in _build._missing_cuda()
