@@ -11,6 +11,7 @@ the tools that Triton brings.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import re
 import subprocess
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 import triton
-from efrdn_fast.kernels import _launch, gcrb
+from efrdn_fast.kernels import _launch, acrb, conv3x3, gcrb
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
@@ -35,7 +36,13 @@ __all__ = ["ARCHITECTURES", "TABLE", "Resources", "kernels", "measure", "render"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "triton_resources.md"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-GCRB = cases.GcrbCase((1, 32, 180, 320))
+SHAPE = (1, 32, 180, 320)
+CONV3X3 = (
+    cases.Conv3x3Case((1, 180, 320), (32,), 32),
+    cases.Conv3x3Case((1, 180, 320), (9, 9, 9, 32), 32),
+    cases.Conv3x3Case((1, 180, 320), (32, 32), 32, groups=8, interleaved=True, bias=False),
+    cases.Conv3x3Case((1, 180, 320), (32,), 48),
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Kernel:
     @property
     def config(self) -> str:
         """Launch config as text."""
-        shown = ("PX", "Q", "num_warps", "num_stages")
+        shown = ("PX", "Q", "NB", "num_warps", "num_stages")
         return " ".join(f"{k}={v}" for k, v in self.launch.options.items() if k in shown)
 
 
@@ -72,12 +79,24 @@ def _meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
-def _recorded(name: str, launcher: Any, args: tuple[Any, ...]) -> Iterator[Kernel]:
-    with _launch.record() as launches:
+@contextlib.contextmanager
+def _tf32(on: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _recorded(
+    name: str, launcher: Any, args: tuple[Any, ...], tf32: bool = False
+) -> Iterator[Kernel]:
+    with _launch.record() as launches, _tf32(tf32):
         launcher(*tree_map(_meta, args))
     for i, launch in enumerate(launches):
         part = f" {i + 1}/{len(launches)}" if len(launches) > 1 else ""
-        matrix = "tl.dot" in launch.kernel.src or "_dot(" in launch.kernel.src
+        matrix = "dot(" in launch.kernel.src or "_products(" in launch.kernel.src
         yield Kernel(name + part, launch, matrix)
 
 
@@ -87,43 +106,52 @@ def kernels() -> list[Kernel]:
     for dtype in DTYPES:
         short = str(dtype).removeprefix("torch.")
         for groups in (1, 2, 4, 8) if dtype == torch.float32 else (2,):
-            case = cases.GcrbCase(GCRB.shape, groups=groups)
+            case = cases.GcrbCase(SHAPE, groups=groups)
             found += _recorded(f"gcrb g={groups} {short}", gcrb.gcrb, case.args(dtype))
+        for tf32 in (False, True) if dtype == torch.float32 else (False,):
+            label = "tf32" if tf32 else short
+            args = cases.AcrbCase(SHAPE, start=23).args(dtype)
+            found += _recorded(f"acrb {label}", acrb.acrb, args, tf32)
+            for case in CONV3X3:
+                name = f"conv3x3 {'+'.join(map(str, case.sources))}->{case.cout} "
+                found += _recorded(
+                    f"{name}g={case.groups} {label}", conv3x3.conv3x3, case.args(dtype), tf32
+                )
     return found
 
 
-def _signature(kernel: _launch.Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+def _signature(kernel: _launch.Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Types, constants and divisibility as Triton's runtime derives them from the arguments.
 
     Pointers count as aligned to 16 bytes, as PyTorch allocates them.
     """
-    divisible = [["tt.divisibility", 16]]
     values = dict(zip(kernel.kernel.arg_names, kernel.args, strict=False)) | kernel.options
-    types, constants, attributes = {}, {}, {}
+    types: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+
+    def describe(value: Any, path: tuple[int, ...], constant: bool, specialize: bool) -> Any:
+        if isinstance(value, tuple) and not constant:
+            return tuple(describe(v, (*path, i), constant, specialize) for i, v in enumerate(value))
+        if constant or value is None or (isinstance(value, int) and value == 1 and specialize):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        tensor = isinstance(value, Tensor)
+        if tensor or (specialize and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        if tensor:
+            return "*" + _TYPES[value.dtype]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
     for i, parameter in enumerate(kernel.kernel.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr or value is None:
-            types[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            types[parameter.name] = "*" + _TYPES[value.dtype]
-            attributes[(i,)] = divisible
-        elif isinstance(value, float):
-            types[parameter.name] = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            types[parameter.name], constants[parameter.name] = "constexpr", 1
-        else:
-            types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(i,)] = divisible
+        value, specialize = values[parameter.name], not parameter.do_not_specialize
+        types[parameter.name] = describe(value, (i,), parameter.is_constexpr, specialize)
     return types, constants, attributes
 
 
-_TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int32: "i32",
-}
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def compile_for(kernel: _launch.Launch, architecture: int) -> Any:

@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Launch", "empty_map", "launch", "map_strides", "readable", "record", "relu"]
+__all__ = [
+    "Launch",
+    "dot",
+    "empty_map",
+    "launch",
+    "map_strides",
+    "readable",
+    "record",
+    "relu",
+    "strip",
+]
 
 
 class Launch(NamedTuple):
@@ -92,3 +102,25 @@ def empty_map(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> 
 def relu(x):
     """max(x, 0) that keeps NaN, as PyTorch's does."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+# The interpreter keeps bfloat16 as raw bits and would multiply those.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b on tensor cores, sums in float32; float32 operands are rounded to TF32."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc=acc, input_precision="tf32")
+
+
+@triton.jit
+def strip(pid, W, H, rows, COLUMNS: tl.constexpr):
+    """Image, first row and first column of program `pid` of a grid over strips."""
+    strips = tl.cdiv(W, COLUMNS)
+    heights = tl.cdiv(H, rows)
+    n = pid // (strips * heights)
+    return n.to(tl.int64), (pid // strips % heights) * rows, (pid % strips) * COLUMNS

@@ -10,7 +10,7 @@ only two partial sums of the depthwise convolution. Two kernels:
 - any shape, all arithmetic in float32: a row of a tile is (pixels, group), since groups never mix;
 - 16-bit maps of at least 16 channels, M = 8 or 16: both 1x1 convolutions on tensor cores, with
   block-diagonal weights. Weights and inner values go in as high + low halves, so what is rounded
-  is (nearly) only the output; 430 instead of 890 thread instructions for each pixel.
+  is (nearly) only the output; 500 instead of 1,000 thread instructions for each pixel.
 """
 
 from __future__ import annotations
@@ -22,142 +22,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _configs
-from ._launch import empty_map, launch, map_strides, readable, relu
+from . import _configs, _gcrb_bwd
+from ._gcrb_tiles import (
+    depthwise_row,
+    depthwise_weights,
+    expand,
+    expand_weights,
+    group_tiles,
+    load_pixel,
+    repeat,
+    squeeze,
+    squeeze_weights,
+    store_pixel,
+)
+from ._launch import dot, empty_map, launch, map_strides, readable, relu, strip
 
-__all__ = ["forward_config", "gcrb"]
-
-# The interpreter keeps bfloat16 as raw bits and would multiply those.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _dot(a, b, acc):
-    if _INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc=acc)
-
-
-@triton.jit
-def _load_weight(pointers, mask, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    return tl.load(pointers).to(tl.float32)
-
-
-@triton.jit
-def _strip(W, H, rows, COLUMNS: tl.constexpr):
-    """Image, first row and first column of the strip of this program."""
-    pid = tl.program_id(0)
-    strips = tl.cdiv(W, COLUMNS)
-    heights = tl.cdiv(H, rows)
-    n = pid // (strips * heights)
-    return n.to(tl.int64), (pid // strips % heights) * rows, (pid % strips) * COLUMNS
-
-
-@triton.jit
-def _squeeze_weights(w1_ptr, b1_ptr, g, G: tl.constexpr, CG: tl.constexpr, MG: tl.constexpr,
-                     K: tl.constexpr, CHUNKS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """W1 as MG x CHUNKS tiles `[R, K]` and b1 as MG vectors `[R]`, by row of a tile."""
-    k = tl.arange(0, K)
-    w1 = ()
-    b1 = ()
-    for m in tl.static_range(MG):
-        gm = g * MG + m
-        b1 += (_load_weight(b1_ptr + gm, g < G, MASKED),)
-        for h in tl.static_range(CHUNKS):
-            c = h * K + k
-            mask = (g < G)[:, None] & (c < CG)[None, :]
-            w1 += (_load_weight(w1_ptr + gm[:, None] * CG + c[None, :], mask, MASKED),)
-    return w1, b1
-
-
-@triton.jit
-def _depthwise_weights(w2_ptr, b2_ptr, g, G: tl.constexpr, MG: tl.constexpr,
-                       MASKED: tl.constexpr):  # fmt: skip
-    """W2 as MG tuples of 9 vectors `[R]`, b2 as MG."""
-    w2 = ()
-    b2 = ()
-    for m in tl.static_range(MG):
-        gm = g * MG + m
-        b2 += (_load_weight(b2_ptr + gm, g < G, MASKED),)
-        taps = ()
-        for t in tl.static_range(9):
-            taps += (_load_weight(w2_ptr + gm * 9 + t, g < G, MASKED),)
-        w2 += (taps,)
-    return w2, b2
-
-
-@triton.jit
-def _expand_weights(w3_ptr, b3_ptr, g, G: tl.constexpr, CG: tl.constexpr, MG: tl.constexpr,
-                    K: tl.constexpr, CHUNKS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """W3 as MG x CHUNKS tiles `[R, K]`, b3 as CHUNKS."""
-    k = tl.arange(0, K)
-    w3 = ()
-    b3 = ()
-    for h in tl.static_range(CHUNKS):
-        c = h * K + k
-        mask = (g < G)[:, None] & (c < CG)[None, :]
-        b3 += (_load_weight(b3_ptr + g[:, None] * CG + c[None, :], mask, MASKED),)
-    for m in tl.static_range(MG):
-        for h in tl.static_range(CHUNKS):
-            c = h * K + k
-            mask = (g < G)[:, None] & (c < CG)[None, :]
-            pointers = w3_ptr + (g[:, None] * CG + c[None, :]) * MG + m
-            w3 += (_load_weight(pointers, mask, MASKED),)
-    return w3, b3
-
-
-@triton.jit
-def _load_pixel(pointers, ok, g, G: tl.constexpr, CG: tl.constexpr, K: tl.constexpr,
-                CHUNKS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """One pixel of every row: CHUNKS tiles `[R, K]`, zero where not `ok`."""
-    x = ()
-    for h in tl.static_range(CHUNKS):
-        mask = ok[:, None]
-        if MASKED:
-            mask = mask & (g < G)[:, None] & (h * K + tl.arange(0, K) < CG)[None, :]
-        x += (tl.load(pointers + h * K, mask=mask, other=0.0),)
-    return x
-
-
-@triton.jit
-def _squeeze(x, w1, b1, ok, MG: tl.constexpr, CHUNKS: tl.constexpr):
-    """relu(W1 x + b1) as MG vectors `[R]`, 0 where not `ok`."""
-    mids = ()
-    for m in tl.static_range(MG):
-        products = x[0].to(tl.float32) * w1[m * CHUNKS]
-        for h in tl.static_range(1, CHUNKS):
-            products += x[h].to(tl.float32) * w1[m * CHUNKS + h]
-        s = tl.sum(products, axis=1) + b1[m]
-        mids += (tl.where(ok, relu(s), 0.0),)
-    return mids
-
-
-@triton.jit
-def _depthwise_row(top, middle, row, w2, b2, PX: tl.constexpr, MG: tl.constexpr):
-    """Add one row of inner values, (PX + 2) x MG, to the partial sums of the rows around it.
-
-    Returns:
-        The finished row above, then the new `top` (taps 0 and 1 added) and `middle` (tap 0).
-    """
-    done = ()
-    new_top = ()
-    new_middle = ()
-    for i in tl.static_range(PX):
-        for m in tl.static_range(MG):
-            a = row[i * MG + m]
-            b = row[(i + 1) * MG + m]
-            c = row[(i + 2) * MG + m]
-            w = w2[m]
-            d = top[i * MG + m] + a * w[6] + b * w[7] + c * w[8]
-            t = middle[i * MG + m] + a * w[3] + b * w[4] + c * w[5]
-            s = b2[m] + a * w[0] + b * w[1] + c * w[2]
-            done += (d,)
-            new_top += (t,)
-            new_middle += (s,)
-    return done, new_top, new_middle
+__all__ = ["forward_config", "gcrb", "gcrb_backward"]
 
 
 @triton.jit(do_not_specialize=["H", "W", "rows"])
@@ -171,7 +51,7 @@ def _gcrb_fwd_kernel(
 ):  # fmt: skip
     MASKED: tl.constexpr = (G != GP) or (CG != K * CHUNKS)
     R: tl.constexpr = Q * GP
-    n, y0, x0 = _strip(W, H, rows, Q * PX)
+    n, y0, x0 = strip(tl.program_id(0), W, H, rows, Q * PX)
     row = tl.arange(0, R)
     g = row % GP
     col = x0 + (row // GP) * PX  # first of the PX columns
@@ -179,36 +59,29 @@ def _gcrb_fwd_kernel(
     column = col[:, None].to(tl.int64)
     x_row = x_ptr + n * stride_xn + (y0 - 1).to(tl.int64) * stride_xh + column * stride_xw + channel
     y_row = y_ptr + n * stride_yn + (y0 - 2).to(tl.int64) * stride_yh + column * stride_yw + channel
-    w1, b1 = _squeeze_weights(w1_ptr, b1_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
-    w2, b2 = _depthwise_weights(w2_ptr, b2_ptr, g, G, MG, MASKED)
-    w3, b3 = _expand_weights(w3_ptr, b3_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
-    top = ()
-    for _ in tl.static_range(PX * MG):
-        top += (tl.zeros((R,), tl.float32),)
+    w1, b1 = squeeze_weights(w1_ptr, b1_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
+    w2, b2 = depthwise_weights(w2_ptr, b2_ptr, g, G, MG, MASKED)
+    w3, b3 = expand_weights(w3_ptr, b3_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
+    top = repeat(tl.zeros((R,), tl.float32), PX * MG)
     middle = top
     for r in range(y0 - 1, tl.minimum(y0 + rows, H) + 1):
         mids = ()
         for j in tl.static_range(PX + 2):
             inside = (r >= 0) & (r < H) & (col + (j - 1) >= 0) & (col + (j - 1) < W)
             pointers = x_row + (j - 1) * stride_xw
-            x = _load_pixel(pointers, inside, g, G, CG, K, CHUNKS, MASKED)
-            mids = mids + _squeeze(x, w1, b1, inside, MG, CHUNKS)
-        done, top, middle = _depthwise_row(top, middle, mids, w2, b2, PX, MG)
+            x = load_pixel(pointers, inside, g, G, CG, K, CHUNKS, MASKED)
+            mids = mids + squeeze(x, w1, b1, inside, MG, CHUNKS)
+        done, top, middle = depthwise_row(top, middle, mids, w2, b2, PX, MG)
         if r > y0:
             for i in tl.static_range(PX):
                 ok = col + i < W
                 above = x_row - stride_xh + i * stride_xw
-                residual = _load_pixel(above, ok, g, G, CG, K, CHUNKS, MASKED)
+                residual = load_pixel(above, ok, g, G, CG, K, CHUNKS, MASKED)
+                e = expand(done, w3, b3, i * MG, MG, CHUNKS)
+                out = ()
                 for h in tl.static_range(CHUNKS):
-                    e = b3[h]
-                    for m in tl.static_range(MG):
-                        e += relu(done[i * MG + m])[:, None] * w3[m * CHUNKS + h]
-                    out = residual[h].to(tl.float32) + relu(e)
-                    mask = ok[:, None]
-                    if MASKED:
-                        mask = mask & (g < G)[:, None] & (h * K + tl.arange(0, K) < CG)[None, :]
-                    pointers = y_row + (i * stride_yw + h * K)
-                    tl.store(pointers, out.to(y_ptr.dtype.element_ty), mask=mask)
+                    out += (residual[h].to(tl.float32) + relu(e[h]),)
+                store_pixel(y_row + i * stride_yw, out, ok, g, G, CG, K, CHUNKS, MASKED)
         x_row += stride_xh
         y_row += stride_yh
 
@@ -230,7 +103,7 @@ def _gcrb_fwd_mma_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     CG: tl.constexpr = C // G
     MG: tl.constexpr = M // G
-    n, y0, x0 = _strip(W, H, rows, Q * PX)
+    n, y0, x0 = strip(tl.program_id(0), W, H, rows, Q * PX)
     col = x0 + tl.arange(0, Q) * PX
     column = col[:, None].to(tl.int64)
     channel = tl.arange(0, C)
@@ -260,9 +133,7 @@ def _gcrb_fwd_mma_kernel(
     for t in tl.static_range(9):
         taps += (tl.load(w2_ptr + m * 9 + t).to(tl.float32)[None, :],)
 
-    top = ()
-    for _ in tl.static_range(PX):
-        top += (tl.zeros((Q, M), tl.float32),)
+    top = repeat(tl.zeros((Q, M), tl.float32), PX)
     middle = top
     for r in range(y0 - 1, tl.minimum(y0 + rows, H) + 1):
         mids = ()
@@ -270,17 +141,17 @@ def _gcrb_fwd_mma_kernel(
             inside = (r >= 0) & (r < H) & (col + (j - 1) >= 0) & (col + (j - 1) < W)
             x = tl.load(x_row + (j - 1) * stride_xw, mask=inside[:, None], other=0.0)
             x = x.reshape(Q, 4, C // 8, 2).permute(0, 2, 1, 3).reshape(Q, C)
-            s = _dot(x, w1_high, tl.broadcast_to(b1, (Q, M)))
-            s = _dot(x, w1_low, s)
+            s = dot(x, w1_high, tl.broadcast_to(b1, (Q, M)))
+            s = dot(x, w1_low, s)
             mids += (tl.where(inside[:, None], relu(s), 0.0),)
-        done, top, middle = _depthwise_row(top, middle, mids, (taps,), (b2,), PX, 1)
+        done, top, middle = depthwise_row(top, middle, mids, (taps,), (b2,), PX, 1)
         if r > y0:
             for i in tl.static_range(PX):
                 high, low = _halves(relu(done[i]), dtype)
                 both = tl.join(high, low).reshape(Q, M // 2, 2, 2).permute(0, 1, 3, 2)
                 both = both.reshape(Q, 2 * M)
-                e = _dot(both, w3_high, tl.broadcast_to(b3, (Q, C)))
-                e = _dot(both, w3_low, e)
+                e = dot(both, w3_high, tl.broadcast_to(b3, (Q, C)))
+                e = dot(both, w3_low, e)
                 e = relu(e).reshape(Q, C // 8, 4, 2).permute(0, 2, 1, 3).reshape(Q, C)
                 ok = (col + i < W)[:, None]
                 residual = tl.load(x_row - stride_xh + i * stride_xw, mask=ok, other=0.0)
@@ -341,16 +212,16 @@ def gcrb(
     return y
 
 
-def group_tiles(channels: int, mid: int, groups: int, dtype: torch.dtype) -> dict[str, int]:
-    """How a (pixel, group) row is cut: CHUNKS vectors of K channels, so that a thread has 8."""
-    width = triton.next_power_of_2(channels // groups)
-    # 8 channels x 8 inner values would not fit in registers: then 4 channels.
-    chunks = 2 if dtype == torch.float32 and width >= 8 and mid // groups <= 4 else 1
-    return {
-        "G": groups,
-        "CG": channels // groups,
-        "MG": mid // groups,
-        "GP": triton.next_power_of_2(groups),
-        "K": width // chunks,
-        "CHUNKS": chunks,
-    }
+def gcrb_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    groups: int,
+) -> tuple[Tensor, ...]:
+    """Launcher of `efrdn_fast::gcrb_backward`: gradients of x and of the six parameters."""
+    return _gcrb_bwd.gcrb_backward(grad_y, x, w1, b1, w2, b2, w3, b3, groups)
