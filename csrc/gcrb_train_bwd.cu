@@ -160,8 +160,9 @@ __global__ void __launch_bounds__(kThreads)
   load_lane_weights<L>(weights.w3, lane, w3);
 
   float sums[kSums] = {};
-  for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile tile(static_cast<unsigned>(index), f.h, f.w, kTrainH, kTrainW);
+  // 32-bit, as the tile is: the 64-bit counter cost fp32 a stack slot on sm_80.
+  for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const Tile tile(index, f.h, f.w, kTrainH, kTrainW);
 #pragma unroll 1
     for (int position = slot; position < kTrainPixels; position += kStep) {
       const Pixel at(f, tile, position / kTrainW, position % kTrainW);
