@@ -16,6 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, ops, reparam
+from .checks import (
+    check_batch_norm,
+    check_groups,
+    check_like,
+    check_map,
+    check_slice,
+    check_squeeze,
+    check_tensor,
+    check_weights,
+)
 
 __all__ = [
     "acrb",
@@ -27,89 +37,7 @@ __all__ = [
     "gcrb_train",
 ]
 
-DTYPES = (*dispatch.HALF_OR_SINGLE, torch.float64)
 _ops = getattr(torch.ops, ops.NAMESPACE)
-
-
-def _check_tensor(op: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-
-
-def _check_map(op: str, name: str, x: Tensor) -> None:
-    _check_tensor(op, name, x)
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}"
-        )
-    if x.ndim != 4:
-        raise ValueError(f"{op}: {name} must be [N, C, H, W], got {list(x.shape)}")
-    if 0 in x.shape:
-        raise ValueError(f"{op}: {name} must not be empty, got zero-size {list(x.shape)}")
-
-
-def _check_like(op: str, name: str, other: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """A second map: the given shape, dtype and device of `x`."""
-    _check_map(op, name, other)
-    if other.shape != shape:
-        raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(other.shape)}")
-    if other.dtype != x.dtype:
-        raise TypeError(f"{op}: {name} must be {x.dtype} like the input, got {other.dtype}")
-    if other.device != x.device:
-        raise ValueError(f"{op}: {name} must be on {x.device} like the input, got {other.device}")
-
-
-def _check_weights(op: str, x: Tensor, **weights: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Each weight has its shape, is float32 or of the dtype of `x`, and is on its device."""
-    for name, (weight, shape) in weights.items():
-        _check_tensor(op, name, weight)
-        if weight.shape != shape:
-            raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(weight.shape)}")
-        if weight.dtype != x.dtype and weight.dtype != torch.float32:
-            raise TypeError(
-                f"{op}: {name} must be float32 or {x.dtype} like the input, got {weight.dtype}"
-            )
-        if weight.device != x.device:
-            raise ValueError(
-                f"{op}: {name} must be on {x.device} like the input, got {weight.device}"
-            )
-
-
-def _check_slice(op: str, name: str, start: int, width: int, channels: int) -> None:
-    if not 0 <= start <= channels - width:
-        raise ValueError(
-            f"{op}: {name} must be 0 to {channels - width} for {width} of {channels} channels, "
-            f"got {start}"
-        )
-
-
-def _check_groups(op: str, groups: int, **channels: int) -> None:
-    for name, count in channels.items():
-        if groups < 1 or count % groups:
-            raise ValueError(f"{op}: groups must divide {name}={count}, got {groups}")
-
-
-def _check_batch_norm(op: str, x: Tensor, momentum: float, eps: float) -> None:
-    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(
-            f"{op}: x must hold more than one value per channel for batch statistics, "
-            f"got {list(x.shape)}"
-        )
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"{op}: momentum must be 0 to 1, got {momentum}")
-    if not eps > 0:
-        raise ValueError(f"{op}: eps must be positive, got {eps}")
-
-
-def _check_squeeze(op: str, x: Tensor, w1: Tensor, groups: int) -> tuple[int, int]:
-    """C and M of a GCRB."""
-    _check_map(op, "x", x)
-    _check_tensor(op, "w1", w1)
-    if w1.ndim != 4:
-        raise ValueError(f"{op}: w1 must be [M, C / groups, 1, 1], got {list(w1.shape)}")
-    channels, mid = x.shape[1], w1.shape[0]
-    _check_groups(op, groups, C=channels, M=mid)
-    return channels, mid
 
 
 def gcrb(
@@ -140,8 +68,8 @@ def gcrb(
     Example:
         >>> y = gcrb(x, *reparam.fold_gcrb(block, use=0))
     """
-    channels, mid = _check_squeeze("gcrb", x, w1, groups)
-    _check_weights(
+    channels, mid = check_squeeze("gcrb", x, w1, groups)
+    check_weights(
         "gcrb",
         x,
         w1=(w1, (mid, channels // groups, 1, 1)),
@@ -188,9 +116,9 @@ def gcrb_train(
     Returns:
         `[N, C, H, W]`, dtype of `x`. Differentiable once in every tensor but the running ones.
     """
-    channels, mid = _check_squeeze("gcrb_train", x, w1, groups)
-    _check_batch_norm("gcrb_train", x, momentum, eps)
-    _check_weights(
+    channels, mid = check_squeeze("gcrb_train", x, w1, groups)
+    check_batch_norm("gcrb_train", x, momentum, eps)
+    check_weights(
         "gcrb_train",
         x,
         w1=(w1, (mid, channels // groups, 1, 1)),
@@ -211,7 +139,7 @@ def gcrb_train(
             if len(running) != 3:
                 raise ValueError(f"gcrb_train: {name} must be three tensors, got {len(running)}")
             for i, (each, width) in enumerate(zip(running, widths, strict=True)):
-                _check_weights("gcrb_train", x, **{f"{name}[{i}]": (each, (width,))})
+                check_weights("gcrb_train", x, **{f"{name}[{i}]": (each, (width,))})
     backend = dispatch.choose("gcrb_train", backend, x)
     y, mean, var = _ops.gcrb_train(
         x, w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3, groups, eps, backend
@@ -252,13 +180,13 @@ def acrb(
 
 
 def _check_acrb(op: str, x: Tensor, weight: Tensor, bias: Tensor, start: int) -> None:
-    _check_map(op, "x", x)
-    _check_tensor(op, "weight", weight)
+    check_map(op, "x", x)
+    check_tensor(op, "weight", weight)
     if weight.ndim != 4:
         raise ValueError(f"{op}: weight must be [d, d, 3, 3], got {list(weight.shape)}")
     d = weight.shape[0]
-    _check_weights(op, x, weight=(weight, (d, d, 3, 3)), bias=(bias, (d,)))
-    _check_slice(op, "start", start, d, x.shape[1])
+    check_weights(op, x, weight=(weight, (d, d, 3, 3)), bias=(bias, (d,)))
+    check_slice(op, "start", start, d, x.shape[1])
 
 
 def acrb_out(
@@ -287,10 +215,10 @@ def acrb_out(
                     f"acrb_out: {name} must not require grad, the op is inference only; "
                     "call acrb, or acrb_out inside torch.no_grad()"
                 )
-    _check_map("acrb_out", "out", out)
+    check_map("acrb_out", "out", out)
     n, _, h, w = x.shape
-    _check_like("acrb_out", "out", out, (n, out.shape[1], h, w), x)
-    _check_slice("acrb_out", "out_start", out_start, weight.shape[0], out.shape[1])
+    check_like("acrb_out", "out", out, (n, out.shape[1], h, w), x)
+    check_slice("acrb_out", "out_start", out_start, weight.shape[0], out.shape[1])
     _ops.acrb_out(x, weight, bias, start, out, out_start, dispatch.choose("acrb_out", backend, x))
     return out
 
@@ -321,17 +249,17 @@ def acrb_train(
     Returns:
         `[N, d, H, W]`, dtype of `x`.
     """
-    _check_map("acrb_train", "x", x)
-    _check_batch_norm("acrb_train", x, momentum, eps)
-    _check_tensor("acrb_train", "w3x3", w3x3)
+    check_map("acrb_train", "x", x)
+    check_batch_norm("acrb_train", x, momentum, eps)
+    check_tensor("acrb_train", "w3x3", w3x3)
     d = w3x3.shape[0]
-    _check_weights(
+    check_weights(
         "acrb_train", x, w3x3=(w3x3, (d, d, 3, 3)), gamma=(gamma, (d,)), beta=(beta, (d,))
     )
     if (running_mean is None) != (running_var is None):
         raise ValueError("acrb_train: running_mean and running_var must be given together")
     if running_mean is not None:
-        _check_weights(
+        check_weights(
             "acrb_train", x, running_mean=(running_mean, (d,)), running_var=(running_var, (d,))
         )
     y = asymmetric_conv(x, w1x3, w3x3, w3x1, start=start, backend=backend)
@@ -363,12 +291,12 @@ def asymmetric_conv(
         `[N, Cout, H, W]`, dtype of `x`.
     """
     op = "asymmetric_conv"
-    _check_map(op, "x", x)
-    _check_tensor(op, "w3x3", w3x3)
+    check_map(op, "x", x)
+    check_tensor(op, "w3x3", w3x3)
     if w3x3.ndim != 4:
         raise ValueError(f"{op}: w3x3 must be [Cout, Cin, 3, 3], got {list(w3x3.shape)}")
     cout, cin = w3x3.shape[:2]
-    _check_weights(
+    check_weights(
         op,
         x,
         w1x3=(w1x3, (cout, cin, 1, 3)),
@@ -376,7 +304,7 @@ def asymmetric_conv(
         w3x1=(w3x1, (cout, cin, 3, 1)),
         **({} if bias is None else {"bias": (bias, (cout,))}),
     )
-    _check_slice(op, "start", start, cin, x.shape[1])
+    check_slice(op, "start", start, cin, x.shape[1])
     weight = reparam.merge_asymmetric(w1x3, w3x3, w3x1)
     backend = dispatch.choose("conv3x3", backend, x)
     sources = [x if cin == x.shape[1] else x.narrow(1, start, cin)]
@@ -414,27 +342,27 @@ def conv3x3(
     if not sources:
         raise ValueError(f"{op}: xs must hold at least one map, got none")
     first = sources[0]
-    _check_map(op, "xs[0]", first)
+    check_map(op, "xs[0]", first)
     n, c, h, w = first.shape
     for i, x in enumerate(sources[1:], 1):
-        _check_map(op, f"xs[{i}]", x)
-        _check_like(op, f"xs[{i}]", x, (n, c if interleaved else x.shape[1], h, w), first)
+        check_map(op, f"xs[{i}]", x)
+        check_like(op, f"xs[{i}]", x, (n, c if interleaved else x.shape[1], h, w), first)
     if interleaved and len(sources) != 2:
         raise ValueError(f"{op}: interleaved needs two maps in xs, got {len(sources)}")
-    _check_tensor(op, "weight", weight)
+    check_tensor(op, "weight", weight)
     if weight.ndim != 4:
         raise ValueError(
             f"{op}: weight must be [Cout, Cin / groups, 3, 3], got {list(weight.shape)}"
         )
     cin, cout = sum(x.shape[1] for x in sources), weight.shape[0]
-    _check_groups(op, groups, Cin=cin, Cout=cout)
-    _check_weights(
+    check_groups(op, groups, Cin=cin, Cout=cout)
+    check_weights(
         op,
         first,
         weight=(weight, (cout, cin // groups, 3, 3)),
         **({} if bias is None else {"bias": (bias, (cout,))}),
     )
     if residual is not None:
-        _check_like(op, "residual", residual, (n, cout, h, w), first)
+        check_like(op, "residual", residual, (n, cout, h, w), first)
     backend = dispatch.choose(op, backend, first)
     return _ops.conv3x3(sources, weight, bias, residual, groups, relu, interleaved, backend)

@@ -1,0 +1,102 @@
+"""What the public ops refuse, in words: the op, the argument, what came, what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+
+__all__ = [
+    "check_batch_norm",
+    "check_groups",
+    "check_like",
+    "check_map",
+    "check_slice",
+    "check_squeeze",
+    "check_tensor",
+    "check_weights",
+]
+
+DTYPES = (*dispatch.HALF_OR_SINGLE, torch.float64)
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def check_map(op: str, name: str, x: Tensor) -> None:
+    check_tensor(op, name, x)
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}"
+        )
+    if x.ndim != 4:
+        raise ValueError(f"{op}: {name} must be [N, C, H, W], got {list(x.shape)}")
+    if 0 in x.shape:
+        raise ValueError(f"{op}: {name} must not be empty, got zero-size {list(x.shape)}")
+
+
+def check_like(op: str, name: str, other: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """A second map: the given shape, dtype and device of `x`."""
+    check_map(op, name, other)
+    if other.shape != shape:
+        raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(other.shape)}")
+    if other.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must be {x.dtype} like the input, got {other.dtype}")
+    if other.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device} like the input, got {other.device}")
+
+
+def check_weights(op: str, x: Tensor, **weights: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Each weight has its shape, is float32 or of the dtype of `x`, and is on its device."""
+    for name, (weight, shape) in weights.items():
+        check_tensor(op, name, weight)
+        if weight.shape != shape:
+            raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(weight.shape)}")
+        if weight.dtype != x.dtype and weight.dtype != torch.float32:
+            raise TypeError(
+                f"{op}: {name} must be float32 or {x.dtype} like the input, got {weight.dtype}"
+            )
+        if weight.device != x.device:
+            raise ValueError(
+                f"{op}: {name} must be on {x.device} like the input, got {weight.device}"
+            )
+
+
+def check_slice(op: str, name: str, start: int, width: int, channels: int) -> None:
+    if not 0 <= start <= channels - width:
+        raise ValueError(
+            f"{op}: {name} must be 0 to {channels - width} for {width} of {channels} channels, "
+            f"got {start}"
+        )
+
+
+def check_groups(op: str, groups: int, **channels: int) -> None:
+    for name, count in channels.items():
+        if groups < 1 or count % groups:
+            raise ValueError(f"{op}: groups must divide {name}={count}, got {groups}")
+
+
+def check_batch_norm(op: str, x: Tensor, momentum: float, eps: float) -> None:
+    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(
+            f"{op}: x must hold more than one value per channel for batch statistics, "
+            f"got {list(x.shape)}"
+        )
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"{op}: momentum must be 0 to 1, got {momentum}")
+    if not eps > 0:
+        raise ValueError(f"{op}: eps must be positive, got {eps}")
+
+
+def check_squeeze(op: str, x: Tensor, w1: Tensor, groups: int) -> tuple[int, int]:
+    """C and M of a GCRB."""
+    check_map(op, "x", x)
+    check_tensor(op, "w1", w1)
+    if w1.ndim != 4:
+        raise ValueError(f"{op}: w1 must be [M, C / groups, 1, 1], got {list(w1.shape)}")
+    channels, mid = x.shape[1], w1.shape[0]
+    check_groups(op, groups, C=channels, M=mid)
+    return channels, mid
