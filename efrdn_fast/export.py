@@ -1,8 +1,8 @@
 """ONNX export of the reference network, with free batch, height and width.
 
-What ONNX cannot say with free sizes is put in words that it can, exactly: patches are slices and
-sums of slices (no Im2Col or Col2Im, which few runtimes know), segments are padded to one length and
-masked. Height and width start at 15, where ESA's pooling window has its full size.
+What ONNX cannot say with free sizes is put in words that it can: patches are cut and put together
+by grouped convolutions (few runtimes know Col2Im), attention is written in ONNX operators. Height
+and width start at 15, where ESA's pooling window has its full size.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import __version__
+from . import __version__, reference
 from .checkpoint import atomic_write
 from .model import EFRDN
-from .transformer import Attention, TransformerBlock
+from .transformer import TransformerBlock
 
-__all__ = ["CHECKED_SIZES", "LEAST_OPSET", "LEAST_SIZE", "exportable", "to_onnx"]
+__all__ = ["CHECKED_SIZES", "LEAST_OPSET", "LEAST_SIZE", "exportable", "least_size", "to_onnx"]
 
 LEAST_SIZE = 15
 LEAST_OPSET = 18
-TRACED = (2, 24, 29)  # batch, height, width
-# Smallest; tokens not divisible by the segments; the three remainders of ESA's pooling stride.
-CHECKED_SIZES = ((1, 15, 15), (2, 19, 23), (1, 48, 37))
+TRACED = (2, 9, 14)  # batch, and what height and width have more than the least
+# Added to the smallest height and width. Tokens do not divide by four segments, and with ESA's
+# pooling stride all remainders occur.
+CHECKED_SIZES = ((1, 0, 0), (2, 4, 8), (1, 33, 22))
 TOLERANCE = 1e-4
 MASKED = -1e9  # finite: a segment of nothing but padding must not make NaN
 
@@ -69,7 +70,9 @@ def to_onnx(
             f"export needs a float32 network on the CPU, got {weight.dtype} on {weight.device}"
         )
     _require("onnx", "onnxscript", "onnxruntime")
-    model = _translate(exportable(net), opset)
+    net = copy.deepcopy(net).eval()
+    least = least_size(net)
+    model = _translate(exportable(net), opset, least)
     _clean(model)
     model.metadata_props.update(
         producer=f"efrdn_fast {__version__}",
@@ -78,12 +81,13 @@ def to_onnx(
         scale=str(net.scale),
         input="lr: RGB, [N, 3, H, W], float32 in [0, 1]",
         output="sr: RGB, [N, 3, scale H, scale W], not clamped",
-        least_height_and_width=str(LEAST_SIZE),
+        least_height_and_width=str(least),
     )
     import onnx_ir
 
     data = onnx_ir.serde.serialize_model(model).SerializeToString()
-    errors = [(size, _difference(net, data, size)) for size in CHECKED_SIZES]
+    sizes = [(batch, least + height, least + width) for batch, height, width in CHECKED_SIZES]
+    errors = [(size, _difference(net, data, size)) for size in sizes]
     size, worst = max(errors, key=lambda row: row[1])
     if not worst <= TOLERANCE:
         raise RuntimeError(f"ONNX Runtime differs from PyTorch by {worst:.2e} at {size}")
@@ -92,83 +96,105 @@ def to_onnx(
 
 
 def exportable(net: EFRDN) -> EFRDN:
-    """A copy of `net`, in evaluation mode, that computes the same with exportable operations."""
-    net = copy.deepcopy(net).eval()
-    net.set_attention(_masked_attention(None if net.config.segment_tokens else net.config.segments))
+    """A copy of `net` that computes the same with exportable operations."""
+    net = copy.deepcopy(net)
+    segments, segment_tokens = net.config.segments, net.config.segment_tokens or 0
+    net.set_attention(lambda qkv, heads, _: _attention(qkv, heads, segments, segment_tokens))
     for i, block in enumerate(net.trans):
-        net.trans[i] = _SlicedTransformer(block)
+        net.trans[i] = _ConvTransformer(block, net.config.channels)
     return net
 
 
-class _SlicedTransformer(nn.Module):
-    """`TransformerBlock` whose unfold and fold are slices."""
+def least_size(net: EFRDN) -> int:
+    """Smallest height and width of the exported network: no segment may be empty."""
+    return LEAST_SIZE if net.config.segment_tokens else max(LEAST_SIZE, net.config.segments)
 
-    def __init__(self, block: TransformerBlock):
+
+class _ConvTransformer(nn.Module):
+    """`TransformerBlock` whose unfold and fold are grouped convolutions with kernels of 0 and 1."""
+
+    def __init__(self, block: TransformerBlock, channels: int):
         super().__init__()
-        self.block = block
+        self.block, self.channels = block, channels
+        taps = torch.eye(9).to(block.norm1.weight).view(9, 3, 3)
+        self.register_buffer("unfold", taps[:, None].repeat(channels, 1, 1, 1))  # [9 C, 1, 3, 3]
+        self.register_buffer("fold", taps.flip(1, 2)[None].repeat(channels, 1, 1, 1))  # [C, 9, ...]
+        self.register_buffer("ones", torch.ones_like(taps[:1, None]))
 
     def forward(self, x: Tensor) -> Tensor:
-        block, (height, width) = self.block, x.shape[2:]
-        t = _unfold(x).transpose(1, 2)  # [N, H W, 9 C]
+        block = self.block
+        t = F.conv2d(x, self.unfold, padding=1, groups=self.channels)  # [N, 9 C, H, W]
+        t = t.flatten(2).transpose(1, 2)  # [N, H W, 9 C]
         t = t + block.emha(block.norm1(t))
         t = t + block.mlp(block.norm2(t))
-        y = _fold(t.transpose(1, 2), height, width)
+        t = t.transpose(1, 2).unflatten(2, x.shape[2:])
+        y = F.conv2d(t, self.fold, padding=1, groups=self.channels)
         if block.fold == "sum":
             return y
-        return y / _fold(_unfold(x.new_ones(1, 1, height, width)), height, width)
+        return y / F.conv2d(torch.ones_like(x[:1, :1]), self.ones, padding=1)
 
 
-def _unfold(x: Tensor) -> Tensor:
-    """`F.unfold(x, 3, padding=1)`: [N, C, H, W] -> [N, 9 C, H W]."""
-    n, channels, height, width = x.shape
-    padded = F.pad(x, (1, 1, 1, 1))
-    taps = [padded[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return torch.stack(taps, dim=2).reshape(n, 9 * channels, height * width)
+# One node for the exporter; its symbolic shapes would else take most of the time of an export.
+@torch.library.custom_op("efrdn_fast_export::emha", mutates_args=())
+def _attention(qkv: Tensor, heads: int, segments: int, segment_tokens: int) -> Tensor:
+    tokens = qkv.shape[1]
+    return reference.emha(qkv, heads, segment_tokens or -(-tokens // segments))
 
 
-def _fold(t: Tensor, height: int, width: int) -> Tensor:
-    """`F.fold(t, (height, width), 3, padding=1)`: [N, 9 C, H W] -> [N, C, H, W]."""
-    padded = F.pad(t.reshape(t.shape[0], -1, 9, height, width), (1, 1, 1, 1))
-    return sum(
-        padded[:, :, 3 * i + j, 2 - i : 2 - i + height, 2 - j : 2 - j + width]
-        for i in range(3)
-        for j in range(3)
-    )
+@_attention.register_fake
+def _(qkv: Tensor, heads: int, segments: int, segment_tokens: int) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
-def _masked_attention(segments: int | None) -> Attention:
-    """`reference.emha` over `segments` segments (None: as many as their length asks for).
+def _onnx_attention(qkv, heads: int, segments: int, segment_tokens: int):
+    """`_attention` in ONNX operators, one head (of one segment, when their count is fixed) a time.
 
-    The runtime holds the scores of one head at a time, and, when their count is fixed, of one
-    segment: 0.8 GiB at 320x180 and four segments instead of 6.
+    The runtime then holds the scores of that head: 0.8 GiB at 320x180 and four segments, not 6.
     """
+    from onnxscript import opset18 as op
 
-    def attention(qkv: Tensor, heads: int, length: int) -> Tensor:
-        n, tokens, width = qkv.shape
-        if segments is None:
-            length = torch.sym_min(length, tokens)
-        count = segments or (tokens + length - 1) // length
-        beyond = torch.arange(count * length, device=qkv.device) >= tokens
-        mask = beyond.to(qkv.dtype).reshape(count, 1, length) * MASKED
-        padded = F.pad(qkv, (0, 0, 0, count * length - tokens))
-        padded = padded.reshape(n, count, length, 3, heads, width // (3 * heads))
-        if segments:
-            # Pieces [N, length, D], one for each head of each segment.
-            q, k, v = padded.permute(3, 1, 4, 0, 2, 5).flatten(1, 2)
-            masks = [row for row in mask.unbind(0) for _ in range(heads)]
-        else:
-            q, k, v = padded.permute(3, 4, 0, 1, 2, 5)  # pieces [N, count, length, D]
-            masks = [mask] * heads
-        q, k = q * q.shape[-1] ** -0.5, k.transpose(-2, -1)
-        pieces = zip(q.unbind(0), k.unbind(0), v.unbind(0), masks, strict=True)
-        out = torch.stack([(a @ b + m).softmax(dim=-1) @ c for a, b, c, m in pieces])
-        if segments:
-            out = out.unflatten(0, (segments, heads)).permute(2, 0, 3, 1, 4)
-        else:
-            out = out.permute(1, 2, 3, 0, 4)
-        return out.reshape(n, count * length, width // 3)[:, :tokens]
+    def ints(*values: int):
+        return op.Constant(value_ints=values)
 
-    return attention
+    dim = qkv.shape[2] // (3 * heads)
+    tokens = op.Shape(qkv, start=1, end=2)
+    parts = op.Reshape(qkv, ints(0, 0, 3 * heads, dim))
+    parts = op.Transpose(parts, perm=[2, 0, 1, 3])  # [3 heads, N, T, D]
+
+    def attend(parts, rank: int, mask=None):
+        """All heads of `parts` [3 heads, N, ..., L, D], one after the other."""
+        swap = [*range(rank - 2), rank - 1, rank - 2]
+        rows = []
+        for head in range(heads):
+            q, k, v = (op.Gather(parts, ints(head + i * heads), axis=0) for i in range(3))
+            q = op.Mul(q, op.Constant(value_float=dim**-0.5))
+            scores = op.MatMul(q, op.Transpose(k, perm=swap))
+            scores = scores if mask is None else op.Add(scores, mask)
+            rows.append(op.MatMul(op.Softmax(scores, axis=-1), v))
+        return op.Concat(*rows, axis=0)
+
+    if segment_tokens:  # as many segments as the image asks for, padded to one length and masked
+        length = op.Min(ints(segment_tokens), tokens)
+        count = op.Div(op.Sub(op.Add(tokens, length), ints(1)), length)
+        total = op.Mul(count, length)
+        beyond = op.Concat(ints(0), op.Sub(total, tokens), axis=0)
+        parts = op.Pad(parts, beyond, None, ints(2), mode="constant")
+        parts = op.Reshape(parts, op.Concat(ints(0, 0), count, length, ints(dim), axis=0))
+        place = op.Range(op.Constant(value_int=0), op.Squeeze(total), op.Constant(value_int=1))
+        hidden = op.Cast(op.GreaterOrEqual(place, tokens), to=1)  # 1: float32
+        mask = op.Mul(hidden, op.Constant(value_float=MASKED))
+        mask = op.Reshape(mask, op.Concat(count, ints(1), length, axis=0))
+        out = op.Reshape(attend(parts, 5, mask), ints(0, 0, -1, dim))
+        out = op.Slice(out, ints(0), tokens, ints(2))
+    else:
+        length = op.Div(op.Add(tokens, ints(segments - 1)), ints(segments))
+        rows = []
+        for i in range(segments):
+            start, end = (op.Mul(length, ints(i + j)) for j in (0, 1))
+            rows.append(attend(op.Slice(parts, start, end, ints(2)), 4))
+        out = op.Concat(*rows, axis=2)
+    out = op.Transpose(out, perm=[1, 2, 0, 3])  # [N, T, heads, D]
+    return op.Reshape(out, ints(0, 0, heads * dim))
 
 
 def _require(*modules: str) -> None:
@@ -179,11 +205,11 @@ def _require(*modules: str) -> None:
         )
 
 
-def _translate(net: nn.Module, opset: int):
+def _translate(net: nn.Module, opset: int, least: int):
     """The dynamo exporter's model (onnx_ir), not optimised."""
     batch, height, width = TRACED
     axes = {0: torch.export.Dim("batch", min=1)}
-    axes |= {i: torch.export.Dim(name, min=LEAST_SIZE) for i, name in ((2, "height"), (3, "width"))}
+    axes |= {i: torch.export.Dim(name, min=least) for i, name in ((2, "height"), (3, "width"))}
     log = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns that torchvision, which is not needed, is missing
@@ -194,7 +220,7 @@ def _translate(net: nn.Module, opset: int):
             # without this the exporter would make both a condition on height and width.
             program = torch.export.export(
                 net,
-                (torch.rand(batch, 3, height, width),),
+                (torch.rand(batch, 3, least + height, least + width),),
                 dynamic_shapes=(axes,),
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
@@ -204,6 +230,9 @@ def _translate(net: nn.Module, opset: int):
                 opset_version=opset,
                 input_names=["lr"],
                 output_names=["sr"],
+                custom_translation_table={
+                    torch.ops.efrdn_fast_export.emha.default: _onnx_attention
+                },
                 optimize=False,
                 verbose=False,
             ).model
@@ -242,7 +271,7 @@ def _difference(net: EFRDN, data: bytes, size: Sequence[int]) -> float:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(batch, 3, height, width, generator=generator)
     with torch.no_grad():
-        expected = net.eval()(x)
+        expected = net(x)
     got = torch.from_numpy(session.run(["sr"], {"lr": x.numpy()})[0])
     if got.shape != expected.shape:
         raise RuntimeError(

@@ -24,16 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from .. import checkpoint
-    from ..export import LEAST_SIZE, to_onnx
+    from ..export import least_size, to_onnx
     from ..model import EFRDN
 
     path = checkpoint.resolve(args.model)
     overrides = {} if args.segment_tokens is None else {"segment_tokens": args.segment_tokens}
     net = EFRDN.from_pretrained(path, **overrides)
     errors = to_onnx(net, args.output, opset=args.opset, training=checkpoint.load(path).training)
-    print(
-        f"{args.output}: EFRDN x{net.scale}, opset {args.opset}, height and width >= {LEAST_SIZE}"
-    )
+    least = least_size(net)
+    print(f"{args.output}: EFRDN x{net.scale}, opset {args.opset}, height and width >= {least}")
     for (batch, height, width), error in errors:
         print(
             f"{batch}x3x{height}x{width}: ONNX Runtime differs from PyTorch by {error:.1e} at most"
