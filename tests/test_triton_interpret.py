@@ -1,0 +1,31 @@
+"""Triton kernels on CPU tensors in Triton's interpreter, through the tests of the ops themselves.
+
+TRITON_INTERPRET must be set before Triton is imported, so they run in a process of their own; the
+largest maps are left out, for the interpreter takes seconds for each.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("op", ["gcrb", "acrb", "conv3x3"])
+def test_kernels_in_the_interpreter(op):
+    pytest.importorskip("triton", reason="Triton is for Linux; it is not installed here")
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        *(str(TESTS / f"test_{op}.py"), "-k", "cpu-triton and (forward or backward) and not H63"),
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-4000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= 10, done.stdout[-1000:]
