@@ -1,6 +1,6 @@
 // GCRB backward: two rolling buffers of three planar rows each, the mid map of part 1 and the
 // gradient g2 at part 2, so that every map is recomputed once per pixel and read twice from cache.
-#include "gcrb_steps.h"
+#include "gcrb_gradients.h"
 
 namespace efrdn_fast {
 namespace EFRDN_FAST_ISA {
@@ -35,53 +35,11 @@ struct Work {
   int count(int64_t j) const { return f().w - j < kLanes ? static_cast<int>(f().w - j) : kLanes; }
 };
 
-// g3 = grad_y where part 3 is open, for one chunk of `count` pixels, into the tile; its products
-// with the mid channels are added to the sums.
-template <class D, class T, class Chunk>
-EFRDN_FAST_INLINE void open_gradient(const Work<D, T>& k, Chunk chunk, const Sums& sums,
-                                     const T* grad_y, int count) {
-  const D& d = k.d;
-  const int64_t step = k.a.grad_y.stride_w;
-  const int rest = d.c() - chunk * kLanes;
-  const float* w = k.w3 + chunk * d.m() * kLanes;
-  float* sum_w = sums.w3 + chunk * d.m() * kLanes;
-  const V bias = load(k.b3 + chunk * kLanes);
-  V sum_b = load(sums.b3 + chunk * kLanes), weight[D::kMids], sum[D::kMids];
-  if constexpr (D::kFixed)
-    each_mid(d, chunk, [&](auto m) EFRDN_FAST_LAMBDA {
-      weight[m] = load(w + m * kLanes);
-      sum[m] = load(sum_w + m * kLanes);
-    });
-  for (int p = 0; p < count; ++p) {
-    V acc = bias;
-    each_mid(d, chunk, [&](auto m) EFRDN_FAST_LAMBDA {
-      const V value = set1(k.block[m * kLanes + p]);
-      if constexpr (D::kFixed)
-        acc = fma(value, weight[m], acc);
-      else
-        acc = fma(value, load(w + m * kLanes), acc);
-    });
-    const V g3 = where_positive(acc, load_some(grad_y + p * step + chunk * kLanes, rest));
-    store(k.tile + p * kLanes, g3);
-    sum_b = add(sum_b, g3);
-    each_mid(d, chunk, [&](auto m) EFRDN_FAST_LAMBDA {
-      const V value = set1(k.block[m * kLanes + p]);
-      if constexpr (D::kFixed)
-        sum[m] = fma(value, g3, sum[m]);
-      else
-        store(sum_w + m * kLanes, fma(value, g3, load(sum_w + m * kLanes)));
-    });
-  }
-  store(sums.b3 + chunk * kLanes, sum_b);
-  if constexpr (D::kFixed)
-    each_mid(d, chunk, [&](auto m) EFRDN_FAST_LAMBDA { store(sum_w + m * kLanes, sum[m]); });
-}
-
 // g2 of one row from the mid rows around it.
 template <class D, class T>
 EFRDN_FAST_INLINE void part2_gradient(const Work<D, T>& k, int64_t row, const Sums& sums) {
   const GcrbArgs& f = k.f();
-  const int64_t stride = k.stride();
+  const int64_t stride = k.stride(), step = k.a.grad_y.stride_w;
   const T* grad_y = k.grad_y + row * k.a.grad_y.stride_h;
   for (int64_t j = 0; j < f.w; j += kLanes) {
     const int count = k.count(j);
@@ -93,11 +51,9 @@ EFRDN_FAST_INLINE void part2_gradient(const Work<D, T>& k, int64_t row, const Su
     float* out = k.g2_row(row) + kPad + j;
     contract(k.d, k.w3_turned, nullptr, out, stride,
              [&](auto chunk, V(&r)[kLanes]) EFRDN_FAST_LAMBDA {
-               open_gradient(k, chunk, sums, grad_y + j * k.a.grad_y.stride_w, count);
-               each<0, kLanes>([&](auto i) EFRDN_FAST_LAMBDA {
-                 r[i] = i < count ? load(k.tile + i * kLanes) : zero();
-               });
-               transpose(r);
+               open_gradient(k.d, chunk, k.block, k.w3, k.b3, grad_y + j * step, step, count, k.tile,
+                             sums.w3, sums.b3);
+               load_transposed(r, k.tile, kLanes, count, kLanes);
              });
     for (int m = 0; m < k.d.m(); ++m)
       store(out + m * stride, where_positive(load(k.block + m * kLanes), load(out + m * stride)));
@@ -106,23 +62,13 @@ EFRDN_FAST_INLINE void part2_gradient(const Work<D, T>& k, int64_t row, const Su
 
 // Gradients of w2 and b2 from one row.
 template <class D, class T>
-EFRDN_FAST_INLINE void depthwise_sums(const Work<D, T>& k, int64_t row) {
+EFRDN_FAST_INLINE void part2_sums(const Work<D, T>& k, int64_t row) {
   for (int m = 0; m < k.d.m(); ++m) {
     const int64_t at = m * k.stride() + kPad;
     const float* rows[3] = {k.mid_row(row - 1) + at, k.mid_row(row) + at, k.mid_row(row + 1) + at};
     const float* g2 = k.g2_row(row) + at;
-    float* sum_w = k.sums.w2 + m * 9 * kLanes;
-    V bias = load(k.sums.b2 + m * kLanes), sum[9];
-    each<0, 9>([&](auto t) EFRDN_FAST_LAMBDA { sum[t] = load(sum_w + t * kLanes); });
-    for (int64_t j = 0; j < k.f().w; j += kLanes) {
-      const V g = load(g2 + j);
-      bias = add(bias, g);
-      each<0, 9>([&](auto t) EFRDN_FAST_LAMBDA {
-        sum[t] = fma(g, load(rows[t / 3] + j + t % 3 - 1), sum[t]);
-      });
-    }
-    each<0, 9>([&](auto t) EFRDN_FAST_LAMBDA { store(sum_w + t * kLanes, sum[t]); });
-    store(k.sums.b2 + m * kLanes, bias);
+    depthwise_sums(rows, g2, k.f().w, k.sums.w2 + m * 9 * kLanes);
+    add_lanes(g2, k.f().w, k.sums.b2 + m * kLanes);
   }
 }
 
@@ -146,35 +92,8 @@ EFRDN_FAST_INLINE void part1_gradient(const Work<D, T>& k, int64_t row) {
       store(k.block + m * kLanes, g1);
       store(k.sums.b1 + m * kLanes, add(load(k.sums.b1 + m * kLanes), g1));
     }
-    each_chunk(d, [&](auto chunk) EFRDN_FAST_LAMBDA {
-      const int rest = d.c() - chunk * kLanes;
-      const float* w = k.w1 + chunk * d.m() * kLanes;
-      float* sum_w = k.sums.w1 + chunk * d.m() * kLanes;
-      V weight[D::kMids], sum[D::kMids];
-      if constexpr (D::kFixed)
-        each_mid(d, chunk, [&](auto m) EFRDN_FAST_LAMBDA {
-          weight[m] = load(w + m * kLanes);
-          sum[m] = load(sum_w + m * kLanes);
-        });
-      for (int p = 0; p < count; ++p) {
-        const V value = load_some(x + (j + p) * step_x + chunk * kLanes, rest);
-        V acc = load_some(grad_y + (j + p) * step_y + chunk * kLanes, rest);
-        each_mid(d, chunk, [&](auto m) EFRDN_FAST_LAMBDA {
-          const V g1 = set1(k.block[m * kLanes + p]);
-          if constexpr (D::kFixed) {
-            acc = fma(g1, weight[m], acc);
-            sum[m] = fma(g1, value, sum[m]);
-          } else {
-            acc = fma(g1, load(w + m * kLanes), acc);
-            store(sum_w + m * kLanes, fma(g1, value, load(sum_w + m * kLanes)));
-          }
-        });
-        T* to = grad_x + (j + p) * step + chunk * kLanes;
-        store_some(to, acc, rest);
-      }
-      if constexpr (D::kFixed)
-        each_mid(d, chunk, [&](auto m) EFRDN_FAST_LAMBDA { store(sum_w + m * kLanes, sum[m]); });
-    });
+    spread_gradient(d, k.block, k.w1, x + j * step_x, step_x, grad_y + j * step_y, step_y,
+                    grad_x + j * step, step, count, k.sums.w1);
   }
 }
 
@@ -197,7 +116,7 @@ EFRDN_FAST_INLINE void rows(const Work<D, T>& k, int64_t first, int64_t last) {
       part2_gradient(k, row, counts ? k.sums : k.rest);
     else
       memset(k.g2_row(row), 0, bytes);
-    if (counts) depthwise_sums(k, row);
+    if (counts) part2_sums(k, row);
     if (row > first) part1_gradient(k, row - 1);
   }
 }
@@ -207,15 +126,13 @@ template <class D, class T>
 void write_sums(const Work<D, T>& k, float* out) {
   const D& d = k.d;
   const Sums& s = k.sums;
-  const int cg = d.group_channels(), mg = d.group_mids();
-  const auto at = [&](int c, int m) { return (c / kLanes * d.m() + m) * kLanes + c % kLanes; };
-  for (int m = 0; m < d.m(); ++m)
-    for (int i = 0; i < cg; ++i) *out++ = s.w1[at(m / mg * cg + i, m)];
+  gather_mid_major(d, s.w1, out);
+  out += d.m() * d.group_channels();
   for (int m = 0; m < d.m(); ++m) *out++ = lane_sum(s.b1 + m * kLanes);
   for (int i = 0; i < 9 * d.m(); ++i) *out++ = lane_sum(s.w2 + i * kLanes);
   for (int m = 0; m < d.m(); ++m) *out++ = lane_sum(s.b2 + m * kLanes);
-  for (int c = 0; c < d.c(); ++c)
-    for (int i = 0; i < mg; ++i) *out++ = s.w3[at(c, c / cg * mg + i)];
+  gather_channel_major(d, s.w3, out);
+  out += d.c() * d.group_mids();
   for (int c = 0; c < d.c(); ++c) *out++ = s.b3[c];
 }
 

@@ -93,19 +93,15 @@ std::tuple<Tensor, Tensor, Tensor> acrb_backward(Tensor grad_y, Tensor x, Tensor
   torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
     kernel(a, begin, end, workspace(scratch));
   });
-  // From [ci, 3, 3, co] to the order of the weight, then over the strips.
-  std::vector<float> ordered(partial.size());
-  for (int64_t strip = 0; strip < strips; ++strip) {
-    const float* from = partial.data() + strip * size;
-    float* to = ordered.data() + strip * size;
-    for (int64_t ci = 0; ci < d; ++ci)
-      for (int64_t tap = 0; tap < 9; ++tap)
-        for (int64_t co = 0; co < d; ++co)
-          to[(co * d + ci) * 9 + tap] = from[(ci * 9 + tap) * d + co];
-    for (int64_t i = taps; i < size; ++i) to[i] = from[i];
-  }
-  return {grad_x, sum_strips(ordered.data(), strips, size, weight),
-          sum_strips(ordered.data() + taps, strips, size, bias)};
+  const std::vector<double> totals = strip_totals(partial.data(), strips, size);
+  std::vector<double> ordered(static_cast<size_t>(taps));  // [ci, 3, 3, co] -> [co, ci, 3, 3]
+  for (int64_t ci = 0; ci < d; ++ci)
+    for (int64_t tap = 0; tap < 9; ++tap)
+      for (int64_t co = 0; co < d; ++co)
+        ordered[(co * d + ci) * 9 + tap] = totals[(ci * 9 + tap) * d + co];
+  const double *from = ordered.data(), *biases = totals.data() + taps;
+  Tensor grad_weight = tensor_like(weight, from), grad_bias = tensor_like(bias, biases);
+  return {grad_x, grad_weight, grad_bias};
 }
 
 }  // namespace

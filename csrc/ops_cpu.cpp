@@ -80,14 +80,17 @@ Tensor empty_float(const Tensor& like) {
   return torch::stable::empty(like.sizes(), ScalarType::Float);
 }
 
-Tensor sum_strips(const float* partial, int64_t strips, int64_t stride, const Tensor& like) {
+std::vector<double> strip_totals(const float* partial, int64_t strips, int64_t size) {
+  std::vector<double> out(static_cast<size_t>(size));
+  for (int64_t strip = 0; strip < strips; ++strip)
+    for (int64_t i = 0; i < size; ++i) out[i] += partial[strip * size + i];
+  return out;
+}
+
+Tensor tensor_like(const Tensor& like, const double*& from) {
   Tensor out = empty_float(like);
   float* to = static_cast<float*>(out.data_ptr());
-  for (int64_t i = 0; i < like.numel(); ++i) {
-    double sum = 0.0;
-    for (int64_t strip = 0; strip < strips; ++strip) sum += partial[strip * stride + i];
-    to[i] = static_cast<float>(sum);
-  }
+  for (int64_t i = 0; i < like.numel(); ++i) to[i] = static_cast<float>(*from++);
   const ScalarType dtype = like.scalar_type();
   return dtype == ScalarType::Float ? out : torch::stable::to(out, dtype);
 }

@@ -65,9 +65,11 @@ void parallel_rows(int64_t rows, int64_t w, const F& f) {
 // strips, all a function of the size alone.
 inline int64_t strip_rows(int64_t rows) { return rows / 64 < 16 ? 16 : (rows + 63) / 64; }
 
-// Sum over the strips of `count` values at `partial`, in order and in double precision, as a tensor
-// of the shape and dtype of `like`.
-Tensor sum_strips(const float* partial, int64_t strips, int64_t stride, const Tensor& like);
+// Sums over the strips of [strips, size] values, in order and in double precision.
+std::vector<double> strip_totals(const float* partial, int64_t strips, int64_t size);
+
+// The values from `from` on as a tensor of the shape and dtype of `like`; `from` moves past them.
+Tensor tensor_like(const Tensor& like, const double*& from);
 
 inline const float* floats(const Tensor& x) { return static_cast<const float*>(x.data_ptr()); }
 

@@ -68,13 +68,10 @@ Gradients gcrb_backward(Tensor grad_y, Tensor x, Tensor w1, Tensor b1, Tensor w2
   torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
     kernel(a, begin, end, workspace(scratch));
   });
-  const float* from = partial.data();
-  const auto sum = [&](const Tensor& like) {
-    Tensor out = sum_strips(from, strips, size, like);
-    from += like.numel();
-    return out;
-  };
-  Tensor g1 = sum(w1), h1 = sum(b1), g2 = sum(w2), h2 = sum(b2), g3 = sum(w3), h3 = sum(b3);
+  const std::vector<double> totals = strip_totals(partial.data(), strips, size);
+  const double* from = totals.data();
+  Tensor g1 = tensor_like(w1, from), h1 = tensor_like(b1, from), g2 = tensor_like(w2, from);
+  Tensor h2 = tensor_like(b2, from), g3 = tensor_like(w3, from), h3 = tensor_like(b3, from);
   return {grad_x, g1, h1, g2, h2, g3, h3};
 }
 

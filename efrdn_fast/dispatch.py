@@ -116,8 +116,8 @@ BOTH = ("cuda", "cpu")
 IMPLS: dict[str, tuple[Impl, ...]] = {
     "gcrb": _row("gcrb", "gcrb", BOTH),
     "gcrb_backward": _row("gcrb_backward", "gcrb", BOTH),
-    "gcrb_train": _row("gcrb_train", "gcrb_train", ("cuda",)),
-    "gcrb_train_backward": _row("gcrb_train_backward", "gcrb_train", ("cuda",)),
+    "gcrb_train": _row("gcrb_train", "gcrb_train", BOTH),
+    "gcrb_train_backward": _row("gcrb_train_backward", "gcrb_train", BOTH),
     "acrb": _row("acrb", "acrb", BOTH),
     "acrb_out": _row("acrb_out", "acrb", BOTH),
     "acrb_backward": _row("acrb_backward", "acrb", BOTH),

@@ -23,6 +23,8 @@ __all__ = [
     "gcrb_backward_cpu",
     "gcrb_cpu",
     "gcrb_cuda",
+    "gcrb_train_backward_cpu",
+    "gcrb_train_cpu",
 ]
 
 
@@ -42,6 +44,14 @@ def gcrb_cuda(*args: Any) -> Tensor:
 
 def gcrb_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     return _op("gcrb_backward_cpu")(*args)
+
+
+def gcrb_train_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _op("gcrb_train_cpu")(*args)
+
+
+def gcrb_train_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    return _op("gcrb_train_backward_cpu")(*args)
 
 
 def acrb_cpu(*args: Any) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from efrdn_fast.kernels import _build, _toolchain, native
 
-from efrdn_fast import cases
+from efrdn_fast import cases, reference
 from efrdn_fast.testing import check_backward, check_forward, make_input
 
 REASON = _build.why_not("cpu")
@@ -31,6 +31,11 @@ MORE = [
     cases.AcrbCase((2, 3, 4, 6), width=1, start=2),
 ]
 ALL += [(case, torch.float32) for case in MORE]
+
+
+TRAIN = [(case, torch.float32) for case in cases.GCRB_TRAIN]
+TRAIN += [(cases.GcrbTrainCase((1, 17, 6, 9), groups=1, mid=5), torch.float32)]
+TRAIN += [(cases.GCRB_TRAIN[2], dtype) for dtype in DTYPES[1:]]
 
 
 def ident(value: object) -> str | None:
@@ -74,6 +79,29 @@ def test_backward(isa, case, dtype):
     check_backward(case, dtype, "cpu", "cpu")
 
 
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize(("case", "dtype"), TRAIN, ids=ident)
+def test_train_forward(isa, case, dtype):
+    check_forward(case, dtype, "cpu", "cpu")
+
+
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize(("case", "dtype"), TRAIN, ids=ident)
+def test_train_backward(isa, case, dtype):
+    check_backward(case, dtype, "cpu", "cpu")
+
+
+def test_batch_statistics_of_a_map_far_from_zero():
+    """Mean 1,000 times the deviation: sums of squares would lose all digits of the variance."""
+    x, *rest, groups, eps = cases.GCRB_TRAIN[4].args()
+    x = x + 1000
+    _, mean, var = native.gcrb_train_cpu(x, *rest, groups, eps)
+    double = [t.double() for t in rest]
+    _, exact_mean, exact_var = reference.gcrb_train(x.double(), *double, groups=groups, eps=eps)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-3, atol=0)
+
+
 def test_best_instruction_set_is_taken():
     flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
     best = "avx512" if "avx512bw" in flags else "avx2" if "avx2" in flags else None
@@ -96,6 +124,19 @@ def test_results_do_not_depend_on_threads(threads, case):
         threads(count)
         y = forward(*args, last)
         runs.append((y, *backward(y, *args, last)))
+    for each in zip(*runs, strict=True):
+        assert all(torch.equal(each[0], other) for other in each[1:])
+
+
+def test_training_does_not_depend_on_threads(threads):
+    args = cases.GCRB_TRAIN[4].args()
+    *tensors, groups, eps = args
+    runs = []
+    for count in (1, 2, 3):
+        threads(count)
+        y, mean, var = native.gcrb_train_cpu(*args)
+        grads = native.gcrb_train_backward_cpu(y, *tensors, mean, var, groups, eps)
+        runs.append((y, mean, var, *grads))
     for each in zip(*runs, strict=True):
         assert all(torch.equal(each[0], other) for other in each[1:])
 
