@@ -10,6 +10,7 @@
 
 #include "acrb_cpu.h"
 #include "gcrb_cpu.h"
+#include "gcrb_train_cpu.h"
 
 using namespace efrdn_fast;
 namespace isa = efrdn_fast::EFRDN_FAST_ISA;
@@ -96,6 +97,46 @@ void acrb(Dtype dtype, int64_t n, int64_t c, int64_t h, int64_t w, int64_t d, in
   isa::acrb_backward(b, 0, strips, more.get<float>());
 }
 
+void train(Dtype dtype, int64_t n, int64_t c, int64_t h, int64_t w, int64_t m, int64_t g,
+           Side side) {
+  const size_t bytes = static_cast<size_t>(n * c * h * w) * element(dtype);
+  Guarded x(bytes, side), grad_y(bytes, side), grad_x(bytes, side);
+  memset(x.get<char>(), 0, bytes), memset(grad_y.get<char>(), 0, bytes);
+  const int64_t cg = c / g, mg = m / g, strips = (n * h + 1) / 2;
+  const size_t planar = static_cast<size_t>(n * h * m * row_stride(w)) * 4;
+  Guarded a1(planar, side), a2(planar, side), g2(planar, side), g1(planar, side);
+  Guarded w1(4 * m * cg, side), w2(4 * 9 * m, side), w3(4 * c * mg, side), b3(4 * c, side);
+  Guarded mids(4 * m, side), mix(4 * m * mg, side);
+  const float* mid = mids.fill(m);
+  GcrbTrainArgs t{};
+  t.base = {dtype, n, c, h, w, m, g, dense(x.get<void>(), c, h, w), {}, w1.fill(m * cg), nullptr,
+            w2.fill(9 * m), nullptr, w3.fill(c * mg), b3.fill(c)};
+  t.scale1 = t.shift1 = t.scale2 = t.shift2 = t.offset = mid;
+  t.norm1 = t.norm2 = {mid, mid, mid, mid, mid};
+  t.mix = mix.fill(m * mg);
+  t.a1 = a1.get<float>(), t.a2 = a2.get<float>(), t.g2 = g2.get<float>(), t.g1 = g1.get<float>();
+  t.grad_y = dense(grad_y.get<void>(), c, h, w), t.grad_x = dense(grad_x.get<void>(), c, h, w);
+  t.strip_rows = 2;
+  Guarded scratch(gcrb_train_scratch(t.base) * 4, side, 64);
+  const auto rows = [&](auto pass, int64_t each) {
+    Guarded moments(static_cast<size_t>(n * h * each) * 4, side);
+    t.moments = moments.get<float>();
+    pass(t, 0, n * h, scratch.get<float>());
+  };
+  const auto sums = [&](auto pass, int64_t each) {
+    Guarded partial(static_cast<size_t>(strips * each) * 4, side);
+    t.partial = partial.get<float>();
+    pass(t, 0, (n * h + 1) / 2, scratch.get<float>());
+  };
+  rows(isa::train_squeeze, 2 * m);
+  rows(isa::train_depthwise, 2 * m);
+  rows(isa::train_mid_moments, m * (1 + mg));
+  sums(isa::train_expand_backward, c * mg + c);
+  sums(isa::train_mid_backward, 2 * m);
+  sums(isa::train_depthwise_backward, 11 * m);
+  sums(isa::train_squeeze_backward, m * cg);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -111,11 +152,13 @@ int main(int argc, char** argv) {
           gcrb(dtype, 2, 32, h, w, 8, 2, side, missing);
           gcrb(dtype, 1, 12, h, w, 3, 1, side, missing);
           gcrb(dtype, 1, 40, h, w, 8, 4, side, missing);
+          train(dtype, 2, 32, h, w, 8, 2, side);
+          train(dtype, 1, 40, h, w, 8, 4, side);
           acrb(dtype, 2, 32, h, w, 9, 23, side);
           acrb(dtype, 1, 9, h, w, 9, 0, side);
           acrb(dtype, 1, 23, h, w, 17, 6, side);
           acrb(dtype, 1, 5, h, w, 3, 1, side);
-          count += 7;
+          count += 9;
         }
   printf("%d cases inside their memory\n", count);
 }
