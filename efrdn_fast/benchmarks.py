@@ -108,8 +108,8 @@ def _is_set(folder: Path) -> bool:
     return (folder / "HR").is_dir() or bool(_images(folder))
 
 
-def find_pairs(image_set: ImageSet, scale: int, limit: int | None = None) -> list[Pair]:
-    """The images of a set at `scale`, sorted by name, the first `limit` of them.
+def find_pairs(image_set: ImageSet, scale: int) -> list[Pair]:
+    """The images of a set at `scale`, sorted by name.
 
     A set without a folder `LR_bicubic/X<scale>` has `lr=None` throughout.
 
@@ -142,7 +142,7 @@ def find_pairs(image_set: ImageSet, scale: int, limit: int | None = None) -> lis
                 f"(without the folder X{scale} all LR images are computed)"
             )
         pairs.append(Pair(name, hr, lr))
-    return pairs[:limit]
+    return pairs
 
 
 def load_pair(pair: Pair, scale: int) -> tuple[np.ndarray, np.ndarray]:

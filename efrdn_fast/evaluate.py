@@ -97,6 +97,8 @@ class SetResult:
     name: str
     scale: int
     check: Check
+    whole: bool = True
+    """False when only the first images were asked for."""
     images: list[ImageResult] = field(default_factory=list)
 
     @property
@@ -177,10 +179,12 @@ def evaluate_set(
         FileNotFoundError, ValueError: A file is missing, damaged or of the wrong size; or the
             set's bicubic row is not met.
     """
-    pairs = find_pairs(image_set, scale, limit)
-    result = SetResult(image_set.name, scale, Check("none", note="not asked for"))
+    every = find_pairs(image_set, scale)
+    pairs = every[:limit]
+    nothing = Check("none", note="not asked for")
+    result = SetResult(image_set.name, scale, nothing, whole=len(pairs) == len(every))
     older: list[Score] | None = None
-    if check and limit is None and _is_published_only(image_set.name):
+    if check and result.whole and _is_published_only(image_set.name):
         older = []
     for pair in _bar(pairs, f"{image_set.name} x{scale} bicubic", progress):
         lr, hr = load_pair(pair, scale)
@@ -188,7 +192,7 @@ def evaluate_set(
         if older is not None:
             older.append(bicubic_y(hr, scale, gray=_is_gray_file(pair)))
     if check:
-        result.check = _check(image_set, result, older, complete=limit is None)
+        result.check = _check(image_set, result, older)
     if upscaler is not None:
         bar = _bar(pairs, f"{image_set.name} x{scale} network", progress)
         for pair, image in zip(bar, result.images, strict=True):
@@ -261,9 +265,7 @@ def _is_published_only(name: str) -> bool:
     return name not in bicubic_rows() and name in paper_tables()["bicubic_published"]
 
 
-def _check(
-    image_set: ImageSet, result: SetResult, older: list[Score] | None, complete: bool
-) -> Check:
+def _check(image_set: ImageSet, result: SetResult, older: list[Score] | None) -> Check:
     """Compare with the measured row, else the published one.
 
     Raises:
@@ -273,7 +275,7 @@ def _check(
     if name in bicubic_rows():
         row = bicubic_rows()[name][key]
         expected, note = Score(*row["rgb"]), ""
-        if not complete:
+        if not result.whole:
             known = [row["images"].get(image.name) for image in result.images]
             if None in known:
                 return Check("none", note="unknown image names in a part of the set")

@@ -87,7 +87,8 @@ def _about(result: SetResult) -> str:
     else:
         note = f", {check.note}" if check.note else ""
         state = f"bicubic row agrees with the {check.against} {check.expected}{note}"
-    return f"{result.name} x{result.scale}: {origin}; {state}."
+    part = "" if result.whole else " Published rows are of the whole set."
+    return f"{result.name} x{result.scale}: {origin}; {state}.{part}"
 
 
 def as_json(
@@ -146,6 +147,7 @@ def _network(network: Network | None) -> dict | None:
 
 def _set(result: SetResult) -> dict:
     return {
+        "whole": result.whole,
         "bicubic": _score(result.bicubic),
         "model": _score(result.model),
         "check": {

@@ -138,11 +138,14 @@ def test_refuses_a_set_with_an_image_missing(data_root, tmp_path):
         evaluate_set(ImageSet("Set5", folder), 4)
 
 
-def test_part_of_a_set_is_checked_by_its_images(data_root):
+def test_part_of_a_set_is_checked_by_its_images(data_root, run):
     (image_set,) = discover(data_root / "benchmark", ["Set5"])
     result = evaluate_set(image_set, 4, limit=2)
     assert [image.name for image in result.images] == ["baby", "bird"]
     assert (result.check.against, result.check.note) == ("measured", "first 2 images")
+    asked = ("--benchmark", data_root / "benchmark", "-s", 4, "--sets", "Set5", "--bicubic")
+    assert "of the whole set" in run(*asked, "--limit", 2)[1]
+    assert "of the whole set" not in run(*asked)[1]
 
 
 def test_sets_with_a_published_row_only(data_root, tmp_path, monkeypatch):
