@@ -21,10 +21,13 @@ __all__ = [
     "acrb_out_cpu",
     "acrb_out_cuda",
     "gcrb_backward_cpu",
+    "gcrb_backward_cuda",
     "gcrb_cpu",
     "gcrb_cuda",
     "gcrb_train_backward_cpu",
+    "gcrb_train_backward_cuda",
     "gcrb_train_cpu",
+    "gcrb_train_cuda",
 ]
 
 
@@ -46,12 +49,24 @@ def gcrb_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     return _op("gcrb_backward_cpu")(*args)
 
 
+def gcrb_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    return _op("gcrb_backward_cuda")(*args)
+
+
 def gcrb_train_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _op("gcrb_train_cpu")(*args)
 
 
+def gcrb_train_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _op("gcrb_train_cuda")(*args)
+
+
 def gcrb_train_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     return _op("gcrb_train_backward_cpu")(*args)
+
+
+def gcrb_train_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    return _op("gcrb_train_backward_cuda")(*args)
 
 
 def acrb_cpu(*args: Any) -> Tensor:
