@@ -116,7 +116,7 @@ def check_images(
     exact_net = _plain(net).double()
     device = net.head.weight.device
     differences = []
-    for pair in find_pairs(image_set, net.scale, limit):
+    for pair in find_pairs(image_set, net.scale)[:limit]:
         lr, hr = load_pair(pair, net.scale)
         x = torch.from_numpy(lr).permute(2, 0, 1)[None].to(device) / 255
         target = torch.from_numpy(hr).permute(2, 0, 1)[None].to(device).double() / 255
