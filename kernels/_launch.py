@@ -109,12 +109,16 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a b on tensor cores, sums in float32; float32 operands are rounded to TF32."""
+def dot(a, b, acc, PRECISION: tl.constexpr = "tf32"):
+    """acc + a b on tensor cores, sums in float32.
+
+    float32 operands are rounded to TF32, or with "tf32x3" split into two TF32 parts, which is as
+    exact as float32.
+    """
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc=acc, input_precision="tf32")
+    return tl.dot(a, b, acc=acc, input_precision=PRECISION)
 
 
 @triton.jit
