@@ -106,10 +106,11 @@ def relu(x):
 
 # The interpreter keeps bfloat16 as raw bits and would multiply those.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_TF32 = tl.constexpr("tf32")
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr = "tf32"):
+def dot(a, b, acc, PRECISION: tl.constexpr = _TF32):
     """acc + a b on tensor cores, sums in float32.
 
     float32 operands are rounded to TF32, or with "tf32x3" split into two TF32 parts, which is as
