@@ -13,7 +13,7 @@ import numpy as np
 
 from . import images
 from .encode import FORMATS, check_output
-from .images import Picture
+from .images import STREAM, Picture
 from .inference import Progress
 from .metadata import Metadata
 from .upscaler import Upscaler
@@ -35,6 +35,8 @@ class Job:
     """Why it cannot be done, known before it begins."""
     skip: str = ""
     """Why there is nothing to do."""
+    extension: str = ""
+    """Format of a result on standard output; empty for that of the input."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,13 @@ def plan(
     extension (default: beside the file). The suffix is by default `_x<scale>` for results beside
     their source and empty elsewhere; `ext` "auto" keeps the extension where it can be written and
     is .png otherwise. Results of an earlier run that lie among the inputs are not upscaled again.
+    `-` is standard input or output, for one image.
 
     Raises:
-        ValueError: `output` names one file for several inputs.
+        ValueError: `output` names one file for several inputs, or `-` stands where it cannot.
     """
+    if STREAM in (output, *inputs):
+        return [_stream(inputs, output, ext)]
     exact = output is not None and output.suffix.lower() in FORMATS and not output.is_dir()
     if exact and (len(inputs) > 1 or inputs[0].is_dir()):
         raise ValueError(f"output {str(output)!r} is one file, but there may be several results")
@@ -105,19 +110,23 @@ def process(
     *,
     overwrite: bool = False,
     strip_metadata: bool = False,
+    scale_dpi: bool = False,
     max_pixels: int = images.MAX_PIXELS,
     progress: Progress | None = None,
 ) -> Iterator[Result]:
     """Do the jobs in order; one that fails is a result like any other.
 
     `strip_metadata` leaves out EXIF, XMP and resolution; the colour profile stays, for without it
-    the colours would change. `progress` gets (tiles done, tiles in all) of the present image.
+    the colours would change. `scale_dpi` multiplies the resolution too, so that a print keeps its
+    size; else the number stays and the print grows. `progress` gets (tiles done, tiles in all) of
+    the present image.
     """
     for job in jobs:
         start = time.perf_counter()
         names = str(job.source), str(job.target) if job.target else None
         skip = job.skip
-        if job.target and not job.error and not overwrite and job.target.exists():
+        piped = job.target == STREAM
+        if job.target and not (job.error or overwrite or piped) and job.target.exists():
             skip = "exists already"
         if skip:
             yield Result(*names, "skipped", skip)
@@ -126,11 +135,16 @@ def process(
             if job.error:
                 raise ValueError(job.error)
             picture = images.read(job.source, max_pixels)
-            pixels = _upscale(picture.pixels, job.target, upscaler, progress)
+            extension = job.target.suffix.lower()
+            if piped:
+                extension = job.extension or picture.extension
+            pixels = _upscale(picture.pixels, job.target, extension, upscaler, progress)
             metadata = picture.metadata
             if strip_metadata:
                 metadata = Metadata(icc=metadata.icc)
-            images.write(job.target, Picture(pixels, metadata))
+            elif scale_dpi:
+                metadata = metadata.denser(upscaler.scale)
+            images.write(job.target, Picture(pixels, metadata, extension))
         except FILE_ERRORS as error:
             text = " ".join(str(error).split()) or type(error).__name__
             text = text if text.startswith(names[0]) else f"{names[0]}: {text}"
@@ -142,19 +156,36 @@ def process(
 
 
 def _upscale(
-    pixels: np.ndarray, target: Path, upscaler: Upscaler, progress: Progress | None
+    pixels: np.ndarray,
+    target: Path,
+    extension: str,
+    upscaler: Upscaler,
+    progress: Progress | None,
 ) -> np.ndarray:
     """The network's work, begun only when the result can be stored."""
     bits = 8 * pixels.itemsize
-    opaque = pixels.shape[2] in (2, 4) and pixels[..., -1].min() == np.iinfo(pixels.dtype).max
-    if opaque and FORMATS[target.suffix.lower()] in ("JPEG", "BMP"):
+    most = 1 if pixels.dtype == np.float32 else np.iinfo(pixels.dtype).max
+    opaque = pixels.shape[2] in (2, 4) and pixels[..., -1].min() == most
+    if opaque and FORMATS[extension] in ("JPEG", "BMP"):
         pixels = pixels[..., :-1]  # nothing is lost
     height, width, channels = pixels.shape
-    check_output(target, height * upscaler.scale, width * upscaler.scale, channels, bits=bits)
+    size = height * upscaler.scale, width * upscaler.scale
+    check_output(target, *size, channels, bits=bits, extension=extension)
     parent = next(p for p in target.absolute().parents if p.exists())
     if not os.access(parent, os.W_OK):
         raise PermissionError(f"{target}: cannot be written: no permission in {parent}")
     return upscaler.array(pixels, progress)
+
+
+def _stream(inputs: Sequence[Path], output: Path | None, ext: str) -> Job:
+    """The one job that reads standard input or writes standard output."""
+    if len(inputs) > 1 or inputs[0].is_dir():
+        raise ValueError("'-' is one image: name no other input and no folder")
+    if output is None or (output != STREAM and output.suffix.lower() not in FORMATS):
+        raise ValueError(
+            f"standard input needs an output: -o - or a file name ({', '.join(FORMATS)})"
+        )
+    return Job(inputs[0], output, extension="" if ext == "auto" else f".{ext}")
 
 
 def _job(source: Path, folder: Path, scale: int, suffix: str | None, ext: str) -> Job:

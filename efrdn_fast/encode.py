@@ -49,16 +49,28 @@ def encode(pixels: np.ndarray, metadata: Metadata, kind: str, quality: int = 95)
 
 
 def check_output(
-    path: str | os.PathLike, height: int, width: int, channels: int, *, bits: int
+    path: str | os.PathLike,
+    height: int,
+    width: int,
+    channels: int,
+    *,
+    bits: int,
+    extension: str | None = None,
 ) -> None:
-    """Raise ValueError unless the format of `path` can hold such an image without loss of kind."""
+    """Raise ValueError unless a format can hold such an image without loss of kind.
+
+    The format is that of `extension`, by default the path's. 32 bits are floating.
+    """
     path = Path(path)
-    kind = FORMATS.get(path.suffix.lower())
+    extension = path.suffix if extension is None else extension
+    kind = FORMATS.get(extension.lower())
     if kind is None:
         raise ValueError(
-            f"{path}: cannot write {path.suffix or 'a file without an extension'!r}; "
+            f"{path}: cannot write {extension or 'a file without an extension'!r}; "
             f"use one of {', '.join(FORMATS)}"
         )
+    if bits == 32 and kind != "TIFF":
+        raise ValueError(f"{path}: {kind} cannot hold floating pixels; write tiff (--ext tiff)")
     if bits == 16 and kind not in ("PNG", "TIFF"):
         raise ValueError(
             f"{path}: {kind} would cut 16-bit pixels to 8; write png or tiff (--ext png)"
@@ -142,7 +154,7 @@ def _encode_png16(pixels: np.ndarray, metadata: Metadata) -> bytes:
 
 
 def _encode_tiff(pixels: np.ndarray, metadata: Metadata) -> bytes:
-    """Deflate with horizontal differences, in strips; 8 or 16 bits, 1 to 4 channels."""
+    """Deflate in strips, integers with horizontal differences; 8, 16 or 32 bits, 1-4 channels."""
     height, width, channels = pixels.shape
     try:
         directory = tiff_directory(metadata)
@@ -151,9 +163,11 @@ def _encode_tiff(pixels: np.ndarray, metadata: Metadata) -> bytes:
         warnings.warn(f"EXIF that TIFF cannot hold was left out ({error})")
         directory = tiff_directory(Metadata(b"", metadata.icc, metadata.xmp, metadata.dpi))
     strips = []
+    floating = pixels.dtype == np.float32
     for top in range(0, height, STRIP_ROWS):
         rows = pixels[top : top + STRIP_ROWS].copy()
-        rows[:, 1:] -= pixels[top : top + STRIP_ROWS, :-1]
+        if not floating:
+            rows[:, 1:] -= pixels[top : top + STRIP_ROWS, :-1]
         strips.append(zlib.compress(rows.astype(rows.dtype.newbyteorder("<")).tobytes(), 6))
     directory[256], directory[257] = width, height
     directory[258] = (8 * pixels.itemsize,) * channels
@@ -162,9 +176,11 @@ def _encode_tiff(pixels: np.ndarray, metadata: Metadata) -> bytes:
     directory[277] = channels
     directory[278] = STRIP_ROWS
     directory[284] = 1  # interleaved
-    directory[317] = 2  # horizontal differences
+    directory[317] = 1 if floating else 2  # horizontal differences
     if channels in (2, 4):
         directory[338] = 2  # alpha is not premultiplied
+    if floating:
+        directory[339] = (3,) * channels
     return _tiff_file(directory, strips)
 
 

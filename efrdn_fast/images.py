@@ -1,7 +1,7 @@
-"""Image files to arrays and back: PNG, JPEG, WebP, TIFF and BMP, 8 and 16 bits, with metadata.
+"""Image files to arrays and back: PNG, JPEG, WebP, TIFF and BMP, 8, 16 or 32 bits, with metadata.
 
-Pixels are `[H, W, C]`, uint8 or uint16; C = 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha (not
-premultiplied).
+Pixels are `[H, W, C]`, uint8, uint16 or float32 in [0, 1]; C = 1 gray, 2 gray + alpha, 3 RGB,
+4 RGB + alpha (not premultiplied).
 Nothing is cut to 8 bits in silence: what cannot be kept is an error that names the way.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +18,14 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from .checkpoint import atomic_write
+from .deep import colour16, float_colour, tiff_tags, unit_range
 from .encode import FORMATS, check_output, encode
-from .metadata import Metadata, collect
+from .metadata import ORIENTATION, Metadata, collect, collect_tiff
 
-__all__ = ["MAX_PIXELS", "Picture", "from_pil", "read", "write"]
+__all__ = ["MAX_PIXELS", "STREAM", "Picture", "from_pil", "read", "write"]
+
+STREAM = Path("-")
+"""Standard input or output instead of a file."""
 
 MAX_PIXELS = 178_956_970
 """Larger inputs are refused as decompression bombs; Pillow's own limit, half a GiB of RGB."""
@@ -42,12 +47,15 @@ class Picture:
     """Upright pixels of an image file and what the file said about them."""
 
     pixels: np.ndarray
-    """`[H, W, C]`, uint8 or uint16."""
+    """`[H, W, C]`, uint8, uint16 or float32."""
     metadata: Metadata = field(default_factory=Metadata)
+    extension: str = ".png"
+    """Usual extension of the file's format, or .png where that cannot be written."""
 
 
 def read(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Read an image file; its EXIF orientation is applied, palettes become RGB(A).
+    """Read an image file, `-` for standard input; its EXIF orientation is applied, palettes become
+    RGB(A).
 
     Raises:
         OSError: The file is missing or cannot be opened.
@@ -55,49 +63,76 @@ def read(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Picture:
             Every message begins with the path and is one line.
     """
     path = Path(path)
+    data = _read_bytes(path)
+    if not data:
+        raise ValueError(f"{path}: the file is empty (0 bytes)")
+    try:
+        tags = tiff_tags(data)
+        pixels = float_colour(data, tags, max_pixels)
+        if pixels is not None:
+            extension, orientation = ".tiff", 1  # OpenCV has turned it
+            metadata, turned = collect_tiff(data), tags.get(ORIENTATION, 1) != 1
+        else:
+            pixels, metadata, orientation, extension = _read_pillow(data, max_pixels)
+            turned = orientation != 1
+    except ValueError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    pixels = np.ascontiguousarray(TURNS.get(orientation, lambda p: p)(pixels))
+    height, width = pixels.shape[:2]
+    return Picture(pixels, metadata.upright(width, height, turned), extension)
+
+
+def _read_bytes(path: Path) -> bytes:
+    if path == STREAM:
+        return sys.stdin.buffer.read()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if not path.is_file():
         raise ValueError(f"{path}: not a regular file")
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise OSError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if not data:
-        raise ValueError(f"{path}: the file is empty (0 bytes)")
-    try:
-        with _open(data, max_pixels) as image:
-            _refuse_frames(image)
-            try:
-                image.load()
-            except MemoryError:
-                raise
-            except Exception as error:  # decoders raise nearly anything on damaged data
-                raise ValueError(f"damaged or truncated {image.format} file: {error}") from error
-            metadata, orientation = collect(image)
-            pixels = _decode(image, data)
-            if image.mode == "CMYK":
-                metadata = dataclasses.replace(metadata, icc=b"")  # now sRGB
-    except ValueError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    pixels = np.ascontiguousarray(TURNS.get(orientation, lambda p: p)(pixels))
-    height, width = pixels.shape[:2]
-    return Picture(pixels, metadata.upright(width, height, turned=orientation != 1))
+
+
+def _read_pillow(data: bytes, max_pixels: int) -> tuple[np.ndarray, Metadata, int, str]:
+    """Pixels, metadata, orientation still to be applied, extension."""
+    with _open(data, max_pixels) as image:
+        _refuse_frames(image)
+        try:
+            image.load()
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise nearly anything on damaged data
+            raise ValueError(f"damaged or truncated {image.format} file: {error}") from error
+        metadata, orientation = collect(image)
+        pixels = _decode(image, data)
+        if image.mode == "CMYK":
+            metadata = dataclasses.replace(metadata, icc=b"")  # now sRGB
+        kinds = {kind: extension for extension, kind in reversed(FORMATS.items())}
+        return pixels, metadata, orientation, kinds.get(image.format, ".png")
 
 
 def write(path: str | os.PathLike, picture: Picture) -> Path:
     """Write `picture` atomically in the format of the extension, with its metadata.
+
+    `-` is standard output and the format that of `picture.extension`.
 
     Raises:
         ValueError: The format cannot hold the picture, see `check_output`.
         OSError: The file cannot be written; nothing is left behind.
     """
     pixels = picture.pixels
-    check_output(path, *pixels.shape, bits=8 * pixels.itemsize)
-    kind = FORMATS[Path(path).suffix.lower()]
+    path = Path(path)
+    extension = picture.extension if path == STREAM else path.suffix.lower()
+    check_output(path, *pixels.shape, bits=8 * pixels.itemsize, extension=extension)
     height, width = pixels.shape[:2]
-    metadata = picture.metadata.upright(width, height)
-    return atomic_write(path, encode(pixels, metadata, kind))
+    data = encode(pixels, picture.metadata.upright(width, height), FORMATS[extension])
+    if path != STREAM:
+        return atomic_write(path, data)
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+    return path
 
 
 def from_pil(image: Image.Image) -> np.ndarray:
@@ -139,8 +174,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError as error:
         if data[:4] in (b"II*\0", b"MM\0*"):
             raise ValueError(
-                "TIFF of a kind that cannot be read (colour of other than 8 or 16 unsigned bits?); "
-                "save it as 16-bit PNG first"
+                "TIFF of a kind that cannot be read (colour of other than 8 or 16 unsigned or 32 "
+                "floating bits?); save it as 16-bit PNG first"
             ) from error
         raise ValueError(
             "not a PNG, JPEG, WebP, TIFF, BMP or GIF file, or damaged at its beginning"
@@ -181,17 +216,19 @@ def _decode(image: Image.Image, data: bytes) -> np.ndarray:
         tags = image.tag_v2
         stored, photometric = tags.get(258, (1,)), tags.get(262)
         bits = max(stored) if isinstance(stored, tuple) else stored
+        if bits == 32 and image.mode == "F" and tags.get(339) == (3,):
+            return unit_range(np.asarray(image))[..., None]
         if bits not in (1, 2, 4, 8, 16) or any(f not in (1, 4) for f in tags.get(339, (1,))):
             raise ValueError(
                 f"TIFF of {bits}-bit signed, floating or odd samples; "
-                "convert it to 8 or 16 bits first"
+                "convert it to 8 or 16 unsigned or 32 floating bits first"
             )
     if bits != 16:
         return from_pil(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         pixels = _gray16(image)
         return 65535 - pixels if photometric == 0 else pixels  # 0: white is zero
-    return _colour16(image, data)
+    return colour16(image, data)
 
 
 def _gray16(image: Image.Image) -> np.ndarray:
@@ -205,34 +242,6 @@ def _gray16(image: Image.Image) -> np.ndarray:
     if isinstance(key, int):
         alpha = np.where(pixels == key, 0, 65535).astype(np.uint16)
         pixels = np.concatenate((pixels, alpha), axis=2)
-    return pixels
-
-
-def _colour16(image: Image.Image, data: bytes) -> np.ndarray:
-    """16-bit colour through OpenCV; `image` is what Pillow made of it, cut to 8 bits."""
-    if image.mode not in ("RGB", "RGBA"):
-        raise ValueError(f"16-bit {image.mode} pixels; convert the image to 16-bit RGB first")
-    try:
-        from cv2 import IMREAD_UNCHANGED, imdecodeWithMetadata
-    except ImportError as error:
-        raise ValueError(
-            "16-bit colour needs OpenCV 4.12 or newer, for Pillow would cut it to 8 bits: "
-            "pip install efrdn_fast[images]"
-        ) from error
-    # Unlike imdecode it leaves a PNG's orientation to us. A TIFF's is applied by both libraries.
-    decoded = imdecodeWithMetadata(np.frombuffer(data, np.uint8), flags=IMREAD_UNCHANGED)[0]
-    if decoded is None or decoded.dtype != np.uint16 or decoded.ndim != 3:
-        raise ValueError("16-bit colour that OpenCV cannot decode; save it as 16-bit PNG first")
-    order = [2, 1, 0, 3][: decoded.shape[2]]
-    pixels = decoded[..., order]  # OpenCV's order is BGR
-    seen = np.asarray(image)
-    if pixels.shape[:2] != seen.shape[:2] or ((pixels[..., :3] >> 8) != seen[..., :3]).any():
-        raise ValueError(
-            "16-bit colour in a layout that OpenCV misreads (separate planes or premultiplied "
-            "alpha); save it as 16-bit PNG first"
-        )
-    if data[25] == 4 and image.format == "PNG":  # colour type 4: gray + alpha
-        return pixels[..., [0, 3]]
     return pixels
 
 

@@ -12,13 +12,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-__all__ = ["Metadata", "collect", "png_chunks", "png_info", "tiff_directory"]
+__all__ = ["Metadata", "collect", "collect_tiff", "png_chunks", "png_info", "tiff_directory"]
 
 EXIF_PREFIX = b"Exif\x00\x00"
 ORIENTATION, EXIF_IFD, WIDTH, HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003
+RESOLUTION, UNIT = (0x011A, 0x011B), 0x0128
 GROUPS = (EXIF_IFD, 0x8825)  # sub-directories: Exif, GPS
-SHORT, LONG = 3, 4
+SHORT, LONG, RATIONAL = 3, 4, 5
 XMP_ORIENTATION = re.compile(rb"(tiff:Orientation(?:=[\"']|>)\s*)[2-8]")
+XMP_RESOLUTION = re.compile(rb"(tiff:[XY]Resolution(?:=[\"']|>)\s*)(\d+)")
 # TIFF tags that never belong to another file, for they say how pixels are stored: subfile type,
 # size, bits, compression, photometric, fill order, strips, orientation, samples, planes, predictor,
 # colour map, tiles, sub-directories, sample format, JPEG tables, YCbCr; and those that are kept
@@ -40,7 +42,7 @@ class Metadata:
     xmp: bytes = b""
     """XMP packet."""
     dpi: tuple[float, float] | None = None
-    """Dots per inch, horizontal and vertical; kept as it is, so an upscaled print grows."""
+    """Dots per inch, horizontal and vertical."""
 
     def upright(self, width: int, height: int, turned: bool = False) -> Metadata:
         """The same for pixels that stand upright and measure `width` x `height`.
@@ -52,6 +54,15 @@ class Metadata:
             self,
             exif=_patch_exif(self.exif, width, height, turned),
             xmp=XMP_ORIENTATION.sub(rb"\g<1>1", self.xmp),
+        )
+
+    def denser(self, factor: int) -> Metadata:
+        """The same with `factor` times the resolution, so that a print keeps its size."""
+        return dataclasses.replace(
+            self,
+            exif=_scale_resolution(self.exif, factor),
+            xmp=XMP_RESOLUTION.sub(lambda m: m[1] + b"%d" % (int(m[2]) * factor), self.xmp),
+            dpi=self.dpi and (self.dpi[0] * factor, self.dpi[1] * factor),
         )
 
 
@@ -76,6 +87,24 @@ def collect(image: Image.Image) -> tuple[Metadata, int]:
         dpi=dpi,
     )
     return metadata, orientation if orientation in range(1, 9) else 1
+
+
+def collect_tiff(data: bytes) -> Metadata:
+    """Metadata of a TIFF file that Pillow has no mode for."""
+    exif = Image.Exif()
+    try:
+        exif.load(EXIF_PREFIX + data)
+        own = {tag: exif.get(tag) for tag in (*RESOLUTION, UNIT, 700, 34675)}
+        raw = _own_exif(exif)
+    except Exception:  # Pillow's EXIF parser raises nearly anything on damaged blocks
+        return Metadata()
+    dots = [float(own[tag] or 0) * {3: 2.54}.get(own[UNIT], 1) for tag in RESOLUTION]
+    return Metadata(
+        exif=raw.removeprefix(EXIF_PREFIX),
+        icc=own[34675] or b"",
+        xmp=own[700] or b"",
+        dpi=(dots[0], dots[1]) if min(dots) > 0 and own[UNIT] in (2, 3, None) else None,
+    )
 
 
 def png_info(metadata: Metadata) -> PngInfo:
@@ -127,10 +156,7 @@ def _raw_exif(image: Image.Image) -> bytes:
     """EXIF block as stored; of a TIFF, whose directory is the EXIF, as a block of its own."""
     try:
         if image.format == "TIFF":
-            exif = image.getexif()
-            for tag in NOT_EXIF & set(exif):
-                del exif[tag]
-            raw = exif.tobytes() if len(exif) else b""
+            raw = _own_exif(image.getexif())
         elif "exif" in image.info:
             raw = image.info["exif"]
         elif "Raw profile type exif" in image.info:
@@ -142,6 +168,32 @@ def _raw_exif(image: Image.Image) -> bytes:
     while raw.startswith(EXIF_PREFIX):
         raw = raw[len(EXIF_PREFIX) :]
     return raw
+
+
+def _own_exif(exif: Image.Exif) -> bytes:
+    """The block without the tags that belong to a TIFF file's pixels."""
+    for tag in NOT_EXIF & set(exif):
+        del exif[tag]
+    return exif.tobytes() if len(exif) else b""
+
+
+def _scale_resolution(raw: bytes, factor: int) -> bytes:
+    """Multiply the numerators of both resolutions in place."""
+    order = {b"II": "<", b"MM": ">"}.get(raw[:2])
+    if order is None:
+        return raw
+    data = bytearray(raw)
+    try:
+        entries, _ = _entries(data, struct.unpack_from(f"{order}I", data, 4)[0], order)
+        for tag in RESOLUTION:
+            kind, position = entries.get(tag, (0, 0))
+            if kind == RATIONAL:
+                (offset,) = struct.unpack_from(f"{order}I", data, position)
+                (dots,) = struct.unpack_from(f"{order}I", data, offset)
+                struct.pack_into(f"{order}I", data, offset, dots * factor)
+    except struct.error:  # an offset beyond the block
+        pass
+    return bytes(data)
 
 
 def _patch_exif(raw: bytes, width: int, height: int, drop_thumbnail: bool) -> bytes:

@@ -46,10 +46,11 @@ def upscale(
     """Upscale one image; the result is of the same kind.
 
     Args:
-        image: Pillow image; uint8 or uint16 array `[H, W]` or `[H, W, C]`; or tensor `[C, H, W]` or
-            `[N, C, H, W]`, floating in [0, 1], uint8 or uint16. C = 1 gray, 2 gray + alpha, 3 RGB,
-            4 RGB + alpha. Pillow images with palette come back as RGB(A), 1-bit ones as gray; their
-            EXIF, ICC, XMP and resolution stay in `info`, and they are not turned.
+        image: Pillow image; uint8, uint16 or float32 array `[H, W]` or `[H, W, C]`; or tensor
+            `[C, H, W]` or `[N, C, H, W]`, uint8, uint16 or floating; floats in [0, 1]. C = 1 gray,
+            2 gray + alpha, 3 RGB, 4 RGB + alpha. Pillow images with palette come back as RGB(A),
+            1-bit ones as gray; their EXIF, ICC, XMP and resolution stay in `info`, and they are not
+            turned.
         scale: 2, 3 or 4.
         model: "x2", "x3", "x4" or a checkpoint file; or a network `[N, 3, H, W] -> [N, 3, sH, sW]`,
             used where it is. Default: the shipped weights for `scale`, loaded once per process.
@@ -139,12 +140,12 @@ class Upscaler:
         return result
 
     def array(self, pixels: np.ndarray, progress: Progress | None = None) -> np.ndarray:
-        """uint8 or uint16 `[H, W]` or `[H, W, C]` -> the same."""
+        """uint8, uint16 or float32 `[H, W]` or `[H, W, C]` -> the same."""
         native = pixels.dtype.newbyteorder("=")
-        if native not in (np.uint8, np.uint16):
+        if native not in (np.uint8, np.uint16, np.float32):
             raise TypeError(
-                f"upscale: arrays must be uint8 or uint16, got {pixels.dtype}; "
-                "floating images go in as tensors [C, H, W] in [0, 1]"
+                f"upscale: arrays must be uint8, uint16 or float32, got {pixels.dtype}; "
+                "other floating images go in as tensors [C, H, W] in [0, 1]"
             )
         if pixels.ndim not in (2, 3):
             raise ValueError(

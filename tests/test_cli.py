@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -404,6 +405,62 @@ def test_metadata_and_orientation_go_along(here, upscale):
     with Image.open("bare.jpg") as image:
         assert image.size == (10, 14) and not image.getexif() and "dpi" not in image.info
         assert image.info["icc_profile"] == SRGB  # else the colours would change
+
+
+@pytest.mark.parametrize("ext, kind", [((), "PNG"), (("--ext", "tiff"), "TIFF")])
+def test_standard_input_and_output(here, weights, ext, kind):
+    picture("a.png", mode="RGBA")
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    command = [sys.executable, "-m", "efrdn_fast", "upscale", "-n", str(weights)]
+    done = subprocess.run(
+        [*command, "-i", "-", "-o", "-", *ext],
+        input=Path("a.png").read_bytes(),
+        capture_output=True,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0 and b"1 upscaled" in done.stderr
+    result = Image.open(io.BytesIO(done.stdout))
+    assert (result.format, result.size, result.mode) == (kind, (14, 10), "RGBA")
+    assert tree(here) == ["a.png"]
+
+
+def test_standard_input_that_is_no_image(here, upscale, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"text")))
+    status, _, errors = upscale("-i", "-", "-o", "b.png")
+    assert status == 1 and errors[0].startswith("efrdn upscale: error: -: not a PNG")
+    assert tree(here) == []
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["-i", "-"], "standard input needs an output"),
+        (["-i", "-", "-o", "folder"], "standard input needs an output"),
+        (["-i", "-", "a.png", "-o", "-"], "'-' is one image"),
+        (["-i", ".", "-o", "-"], "'-' is one image"),
+    ],
+)
+def test_pipes_are_for_one_image(here, upscale, capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        upscale(*words)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_float_tiff_stays_floating(here, upscale):
+    pixels = np.random.default_rng(0).random((5, 7, 3), np.float32)
+    images.write("a.tiff", Picture(pixels))
+    assert upscale("a.tiff", "-o", "b.tiff")[0] == 0
+    assert images.read("b.tiff").pixels.dtype == np.float32
+    status, _, errors = upscale("a.tiff", "-o", "b.png")
+    assert status == 1 and "PNG cannot hold floating pixels" in errors[0]
+
+
+def test_resolution_as_asked(here, upscale):
+    picture("a.png", dpi=(300, 300))
+    for how, dots in (("keep", 300), ("scale", 600)):
+        assert upscale("a.png", "-o", "b.png", "--overwrite", "--dpi", how)[0] == 0
+        assert images.read("b.png").metadata.dpi == pytest.approx((dots, dots), abs=0.1)
 
 
 def test_sixteen_bits_stay_sixteen(here, upscale, monkeypatch):

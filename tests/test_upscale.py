@@ -181,6 +181,15 @@ def test_hard_edges_have_no_fringes(hidden):
         assert (seen >= least - 1.5).all() and (seen <= most + 1.5).all()
 
 
+@pytest.mark.parametrize("dtype, peak", [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)])
+def test_hard_edges_of_gray_have_no_fringes_at_any_depth(dtype, peak):
+    pixels = disc((200, 200, 200))[..., [0, 3]].astype(np.float64) / 255
+    result = upscale((pixels * peak).astype(dtype), 4, model=Bicubic()).astype(np.float64) / peak
+    visible = result[..., 1] > 0
+    assert visible.any() and not visible.all()
+    assert np.abs(result[visible][:, 0] - 200 / 255).max() < 1 / 200
+
+
 def test_clear_and_opaque_stay_so_whatever_the_network_does():
     pixels = disc((200, 100, 50))
     result = upscale(pixels, 2, model=Nearest(noise=0.2))
@@ -270,7 +279,7 @@ def test_missing_weights_are_named(tmp_path):
 @pytest.mark.parametrize(
     "image, error, message",
     [
-        (np.zeros((5, 5, 3), np.float32), TypeError, "uint8 or uint16, got float32"),
+        (np.zeros((5, 5, 3)), TypeError, "uint8, uint16 or float32, got float64"),
         (np.zeros((5, 5, 3), np.int64), TypeError, "got int64"),
         (np.zeros((5,), np.uint8), ValueError, r"\[H, W\]"),
         (np.zeros((1, 5, 5, 3), np.uint8), ValueError, r"\[H, W\]"),

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         type=Path,
-        help="folder for the results, or a file name for one image "
-        "(default: beside an image; FOLDER_x4 for a folder)",
+        help="folder for the results, or a file name for one image; -: standard output, as with "
+        "-i - for standard input (default: beside an image; FOLDER_x4 for a folder)",
     )
     parser.add_argument(
         "-s",
@@ -67,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out EXIF, XMP and resolution; the colour profile stays",
     )
     parser.add_argument(
+        "--dpi",
+        choices=("keep", "scale"),
+        default="keep",
+        help="resolution of a print: keep the number, so that it grows, or scale it with the "
+        "image, so that it keeps its size (default: keep)",
+    )
+    parser.add_argument(
         "--max-pixels",
         type=_positive,
         metavar="N",
@@ -100,10 +107,14 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..batch import plan, process
-    from ..images import MAX_PIXELS
+    from ..images import MAX_PIXELS, STREAM
     from ..upscaler import Upscaler
 
     start = time.perf_counter()
+    piped = args.output == STREAM
+    if piped and sys.stdout.isatty():
+        args.usage_error("standard output is a terminal: redirect it to a file or a program")
+    notes = sys.stderr if piped else sys.stdout
     upscaler = Upscaler(
         args.scale,
         args.model,
@@ -139,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
                 upscaler,
                 overwrite=args.overwrite,
                 strip_metadata=args.strip_metadata,
+                scale_dpi=args.dpi == "scale",
                 max_pixels=args.max_pixels or MAX_PIXELS,
                 progress=show,
             ):
@@ -149,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
                     tqdm.write(f"efrdn upscale: error: {result.message}", file=sys.stderr)
                 elif result.status == "done":
                     size = "x".join(map(str, result.size))
-                    tqdm.write(f"{result.input} -> {result.output} ({size})", file=sys.stdout)
+                    tqdm.write(f"{result.input} -> {result.output} ({size})", file=notes)
         finally:
             counts = {
                 status: sum(result.status == status for result in results)
@@ -161,7 +173,9 @@ def run(args: argparse.Namespace) -> int:
     skipped = f"{counts['skipped']} skipped"
     if counts["skipped"] and not args.overwrite:
         skipped += " (results exist; --overwrite replaces them)"
-    print(f"{counts['done']} upscaled, {skipped}, {counts['failed']} failed, {seconds} s")
+    print(
+        f"{counts['done']} upscaled, {skipped}, {counts['failed']} failed, {seconds} s", file=notes
+    )
     return 1 if counts["failed"] else 0
 
 

@@ -1,0 +1,125 @@
+"""Colours that Pillow cannot hold: 16-bit colour and floating TIFF, decoded by OpenCV.
+
+The result is compared with what Pillow says of the file, so a layout that OpenCV misreads is an
+error and never a wrong picture.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+__all__ = ["colour16", "float_colour", "tiff_tags", "unit_range"]
+
+WIDTH, HEIGHT, BITS, EXTRA, FORMAT = 256, 257, 258, 338, 339
+FLOATING = 3
+
+
+def colour16(image: Image.Image, data: bytes) -> np.ndarray:
+    """16-bit colour `[H, W, C]`; `image` is what Pillow made of it, cut to 8 bits.
+
+    Raises:
+        ValueError: OpenCV is not installed, or it cannot decode the file or misreads it.
+    """
+    if image.mode not in ("RGB", "RGBA"):
+        raise ValueError(f"16-bit {image.mode} pixels; convert the image to 16-bit RGB first")
+    decoded = _opencv(data, "16-bit colour")
+    if decoded is None or decoded.dtype != np.uint16 or decoded.ndim != 3:
+        raise ValueError("16-bit colour that OpenCV cannot decode; save it as 16-bit PNG first")
+    pixels = _rgb(decoded)
+    seen = np.asarray(image)
+    if pixels.shape[:2] != seen.shape[:2] or ((pixels[..., :3] >> 8) != seen[..., :3]).any():
+        raise ValueError(
+            "16-bit colour in a layout that OpenCV misreads (separate planes or premultiplied "
+            "alpha); save it as 16-bit PNG first"
+        )
+    if data[25] == 4 and image.format == "PNG":  # colour type 4: gray + alpha
+        return pixels[..., [0, 3]]
+    return pixels
+
+
+def tiff_tags(data: bytes) -> dict:
+    """{tag: value or values} of a TIFF file's first page, 0 -> where the next one begins.
+
+    Empty for other files and for a damaged directory.
+    """
+    if data[:4] not in (b"II*\0", b"MM\0*"):
+        return {}
+    try:
+        directory = ImageFileDirectory_v2(data[:8])
+        file = io.BytesIO(data)
+        file.seek(directory.next)
+        directory.load(file)
+        return {**dict(directory), 0: directory.next}
+    except Exception:  # Pillow's parser raises nearly anything on damaged data
+        return {}
+
+
+def float_colour(data: bytes, tags: dict, max_pixels: int) -> np.ndarray | None:
+    """float32 `[H, W, 3 or 4]` of a floating colour TIFF; None where `tags` tell of another file.
+
+    Raises:
+        ValueError: Too large, several pages, not 32 bits, premultiplied, or not in [0, 1].
+    """
+    bits, formats = (_tuple(tags.get(tag, ())) for tag in (BITS, FORMAT))
+    if len(bits) < 3 or FLOATING not in formats:
+        return None
+    width, height = (tags.get(tag, 0) for tag in (WIDTH, HEIGHT))
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{width}x{height} px is over the limit of {max_pixels} px (a decompression bomb?); "
+            "raise it with --max-pixels if you trust the file"
+        )
+    if tags[0]:
+        raise ValueError("has several pages; save them as single images first")
+    if set(bits) != {32} or set(formats) != {FLOATING} or 1 in _tuple(tags.get(EXTRA, ())):
+        raise ValueError(
+            f"floating TIFF of {bits[0]} bits or with premultiplied alpha; "
+            "save it with 32 bits and plain alpha first"
+        )
+    decoded = _opencv(data, "floating colour")
+    if decoded is None or decoded.dtype != np.float32 or decoded.ndim != 3:
+        raise ValueError("floating colour that OpenCV cannot decode; save it uncompressed first")
+    if sorted(decoded.shape[:2]) != sorted((width, height)) or decoded.shape[2] != len(bits):
+        raise ValueError("floating colour in a layout that OpenCV misreads; save it uncompressed")
+    return unit_range(_rgb(decoded))
+
+
+def unit_range(pixels: np.ndarray) -> np.ndarray:
+    """`pixels`, floating; raises ValueError unless they lie within [0, 1]."""
+    if not np.isfinite(pixels).all():
+        raise ValueError("floating pixels hold NaN or infinite values")
+    least, most = float(pixels.min()), float(pixels.max())
+    if least < 0 or most > 1:
+        raise ValueError(
+            f"floating pixels run from {least:.4g} to {most:.4g}; scale them to 0..1 first"
+        )
+    return pixels
+
+
+def _opencv(data: bytes, what: str) -> np.ndarray | None:
+    try:
+        import cv2
+        from cv2 import IMREAD_UNCHANGED, imdecodeWithMetadata
+    except ImportError as error:
+        raise ValueError(
+            f"{what} needs OpenCV 4.12 or newer, for Pillow would cut it to 8 bits: "
+            "pip install efrdn_fast[images]"
+        ) from error
+    try:
+        # Unlike imdecode it leaves a PNG's orientation to us. A TIFF's is applied by both.
+        return imdecodeWithMetadata(np.frombuffer(data, np.uint8), flags=IMREAD_UNCHANGED)[0]
+    except cv2.error as error:
+        raise ValueError(f"{what} that OpenCV cannot decode: {error.err}") from error
+
+
+def _rgb(pixels: np.ndarray) -> np.ndarray:
+    """OpenCV's order is BGR."""
+    return pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
+
+
+def _tuple(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
