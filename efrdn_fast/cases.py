@@ -15,10 +15,20 @@ from torch import Tensor
 from . import reference
 from .testing import make_input
 
-__all__ = ["ACRB", "ACRB_BENCH", "CONV3X3", "CONV3X3_BENCH", "GCRB", "GCRB_BENCH", "GCRB_TRAIN"]
+__all__ = [
+    "ACRB",
+    "ACRB_BENCH",
+    "CONV3X3",
+    "CONV3X3_BENCH",
+    "GCRB",
+    "GCRB_BENCH",
+    "GCRB_TRAIN",
+    "Weights",
+    "weight_dtype",
+]
 
 
-class _Weights:
+class Weights:
     """Random weights in one dtype: variance 1 / fan-in, biases of standard deviation 0.5."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str, seed: int):
@@ -32,6 +42,9 @@ class _Weights:
     def conv(self, cout: int, cin: int, kernel: int) -> Tensor:
         return self.normal(cout, cin, kernel, kernel, std=(cin * kernel**2) ** -0.5)
 
+    def linear(self, cout: int, cin: int) -> Tensor:
+        return self.normal(cout, cin, std=cin**-0.5)
+
     def bias(self, size: int) -> Tensor:
         return self.normal(size, std=0.5)
 
@@ -39,7 +52,8 @@ class _Weights:
         return self.normal(size, std=0.2, mean=1.0)
 
 
-def _weight_dtype(dtype: torch.dtype) -> torch.dtype:
+def weight_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -66,7 +80,7 @@ class GcrbCase:
     ) -> tuple[Any, ...]:
         channels = self.shape[1]
         mid, groups = self.mid or channels // 4, self.groups
-        make = _Weights(_weight_dtype(dtype), device, seed + 1)
+        make = Weights(weight_dtype(dtype), device, seed + 1)
         return (
             make_input(self.shape, dtype, device, self.layout, seed),
             *(make.conv(mid, channels // groups, 1), make.bias(mid)),
@@ -89,7 +103,7 @@ class GcrbTrainCase(GcrbCase):
         self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
     ) -> tuple[Any, ...]:
         x, w1, _, w2, _, w3, _, groups = super().args(dtype, device, seed)
-        make = _Weights(_weight_dtype(dtype), device, seed + 2)
+        make = Weights(weight_dtype(dtype), device, seed + 2)
         norms = [(make.scale(w.shape[0]), make.bias(w.shape[0])) for w in (w1, w2, w3)]
         return x, w1, *norms[0], w2, *norms[1], w3, *norms[2], groups, 1e-5
 
@@ -115,7 +129,7 @@ class AcrbCase:
     def args(
         self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
     ) -> tuple[Any, ...]:
-        make = _Weights(_weight_dtype(dtype), device, seed + 1)
+        make = Weights(weight_dtype(dtype), device, seed + 1)
         return (
             make_input(self.shape, dtype, device, self.layout, seed),
             make.conv(self.width, self.width, 3),
@@ -155,7 +169,7 @@ class Conv3x3Case:
         self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
     ) -> tuple[Any, ...]:
         n, h, w = self.size
-        make = _Weights(_weight_dtype(dtype), device, seed + 1)
+        make = Weights(weight_dtype(dtype), device, seed + 1)
         return (
             [
                 make_input((n, c, h, w), dtype, device, self.layout, seed + 2 + i)

@@ -26,14 +26,14 @@ def check_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
 
 
-def check_map(op: str, name: str, x: Tensor) -> None:
+def check_map(op: str, name: str, x: Tensor, dims: str = "N, C, H, W") -> None:
     check_tensor(op, name, x)
     if x.dtype not in DTYPES:
         raise TypeError(
             f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}"
         )
-    if x.ndim != 4:
-        raise ValueError(f"{op}: {name} must be [N, C, H, W], got {list(x.shape)}")
+    if x.ndim != len(dims.split(", ")):
+        raise ValueError(f"{op}: {name} must be [{dims}], got {list(x.shape)}")
     if 0 in x.shape:
         raise ValueError(f"{op}: {name} must not be empty, got zero-size {list(x.shape)}")
 

@@ -15,7 +15,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ __all__ = [
     "choose_backward",
     "implementation",
     "implementations",
+    "plan",
     "requested",
     "use_backend",
 ]
@@ -104,15 +105,21 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _row(op: str, triton: str | None = None, native: tuple[str, ...] = ()) -> tuple[Impl, ...]:
+def _row(
+    op: str,
+    triton: str | None = None,
+    native: tuple[str, ...] = (),
+    reference: str = "reference",
+) -> tuple[Impl, ...]:
     targets = {name: f"kernels.native:{op}_{name}" for name in native}
     if triton:
         targets["triton"] = f"kernels.{triton}:{op}"
     impls = [Impl(b, targets[b], WHY_NOT[b]) for b in ("cuda", "triton", "cpu") if b in targets]
-    return *impls, Impl("reference", f"kernels.reference:{op}", _never, dtypes=None)
+    return *impls, Impl("reference", f"kernels.{reference}:{op}", _never, dtypes=None)
 
 
 BOTH = ("cuda", "cpu")
+ATTENTION = "reference_attention"
 IMPLS: dict[str, tuple[Impl, ...]] = {
     "gcrb": _row("gcrb", "gcrb", BOTH),
     "gcrb_backward": _row("gcrb_backward", "gcrb", BOTH),
@@ -123,6 +130,12 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
     "acrb_backward": _row("acrb_backward", "acrb", BOTH),
     "conv3x3": _row("conv3x3", "conv3x3", ("cuda",)),
     "conv3x3_backward": _row("conv3x3_backward"),
+    **{op: _row(op, "emha", BOTH, ATTENTION) for op in ("emha", "emha_backward")},
+    **{
+        op + suffix: _row(op + suffix, "transformer", BOTH, ATTENTION)
+        for op in ("token_qkv", "token_hidden", "token_fold")
+        for suffix in ("", "_backward")
+    },
 }
 
 _override: ContextVar[str | None] = ContextVar("efrdn_fast_backend", default=None)
@@ -179,6 +192,33 @@ def choose_backward(op: str, forward: str, device: torch.device, dtype: torch.dt
     """Backend of a backward op: that of its forward where it has one, else what auto takes."""
     named = forward in {impl.backend for impl in implementations(op)}
     return _resolve(op, forward if named else "auto", device, dtype)
+
+
+def plan(ops: Sequence[str], backend: str, x: torch.Tensor) -> dict[str, str]:
+    """Op -> backend for ops that work together on `x`.
+
+    A backend that is named serves the ops that it implements, and the reference the others.
+
+    Raises:
+        ValueError: No backend has this name.
+        BackendUnavailable: The named backend implements none of them or cannot run here.
+    """
+    return dict(zip(ops, _plan(tuple(ops), requested(backend), x.device, x.dtype), strict=True))
+
+
+def _plan(
+    ops: tuple[str, ...], backend: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, ...]:
+    serving = {op: {impl.backend for impl in implementations(op)} for op in ops}
+    if backend != "auto" and not any(backend in names for names in serving.values()):
+        _resolve(ops[0], backend, device, dtype)  # raises: it would serve nothing
+    return tuple(
+        _resolve(op, backend if backend in {"auto", *names} else "reference", device, dtype)
+        for op, names in serving.items()
+    )
+
+
+_plan._dynamo_marked_constant = True
 
 
 def _check_name(where: str, backend: str) -> str:

@@ -1,4 +1,4 @@
-"""FLOP formulas of the ops for `torch.utils.flop_counter`: those of the convolutions they replace.
+"""FLOP formulas of the ops for `torch.utils.flop_counter`: those of the layers they replace.
 
 Recomputation in a backward op is not counted, so totals equal those of the reference network.
 """
@@ -62,6 +62,48 @@ def conv3x3_backward(grad, xs, weight, groups, *args, taps=9, out_shape=None, **
     return _conv_backward(grad, weight[1] * groups, weight[0], groups, taps)
 
 
+def emha(qkv, heads, length, *args, out_shape=None, **kwargs) -> int:
+    """q k^T and the product with v, for the segments as they are."""
+    n, tokens, width = qkv
+    whole, rest = divmod(tokens, length)
+    return 4 * n * (width // 3) * (whole * length**2 + rest**2)
+
+
+def emha_backward(grad_out, qkv, out, lse, heads, length, *args, out_shape=None, **kwargs) -> int:
+    return 2 * emha(qkv, heads, length)
+
+
+def _linear(x: list[int], *weights: list[int]) -> int:
+    """Linear layers over all tokens of a map."""
+    n, _, h, w = x
+    return 2 * n * h * w * sum(rows * columns for rows, columns in weights)
+
+
+def token_qkv(x, gamma, beta, reduce, qkv, *args, out_shape=None, **kwargs) -> int:
+    return _linear(x, reduce, qkv)
+
+
+def token_qkv_backward(grad, *args, out_shape=None, **kwargs) -> int:
+    return 2 * token_qkv(*args)
+
+
+def token_hidden(x, a, proj, proj_bias, gamma, beta, fc1, *args, out_shape=None, **kwargs) -> int:
+    return _linear(x, proj, fc1)
+
+
+def token_hidden_backward(grad, x, a, h, *args, out_shape=None, **kwargs) -> int:
+    return 2 * token_hidden(x, a, *args)
+
+
+def token_fold(x, a, h, proj, proj_bias, fc2, *args, out_shape=None, **kwargs) -> int:
+    """The projection is charged to `token_hidden`; here it is computed again."""
+    return _linear(x, fc2)
+
+
+def token_fold_backward(grad, a, h, *args, out_shape=None, **kwargs) -> int:
+    return 2 * token_fold(grad, a, h, *args)
+
+
 def _register() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
@@ -73,6 +115,14 @@ def _register() -> None:
         (ops.acrb_backward, acrb_backward),
         (ops.conv3x3, conv3x3),
         (ops.conv3x3_backward, conv3x3_backward),
+        (ops.emha, emha),
+        (ops.emha_backward, emha_backward),
+        (ops.token_qkv, token_qkv),
+        (ops.token_qkv_backward, token_qkv_backward),
+        (ops.token_hidden, token_hidden),
+        (ops.token_hidden_backward, token_hidden_backward),
+        (ops.token_fold, token_fold),
+        (ops.token_fold_backward, token_fold_backward),
     ):
         register_flop_formula(packets)(formula)
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, ops, reparam
+from . import dispatch, flops, ops, reparam
+from .attention import emha, transformer_block
 from .checks import (
     check_batch_norm,
     check_groups,
@@ -33,11 +34,14 @@ __all__ = [
     "acrb_train",
     "asymmetric_conv",
     "conv3x3",
+    "emha",
     "gcrb",
     "gcrb_train",
+    "transformer_block",
 ]
 
 _ops = getattr(torch.ops, ops.NAMESPACE)
+flops.register_when_needed()
 
 
 def gcrb(

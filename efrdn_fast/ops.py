@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import dispatch, flops
+from . import dispatch
 
-__all__ = ["NAMESPACE", "SCHEMAS"]
+__all__ = ["NAMESPACE", "SCHEMAS", "backward_backend", "nhwc_like", "plain", "register"]
 
 NAMESPACE = "efrdn_fast"
 
@@ -60,7 +60,8 @@ def _kernel(op: str) -> Callable:
     return run
 
 
-def _nhwc(like: Tensor, channels: int) -> Tensor:
+def nhwc_like(like: Tensor, channels: int) -> Tensor:
+    """Output of a fake: a map of the size of `like` with `channels` channels."""
     n, _, h, w = like.shape
     return torch.empty(
         (n, channels, h, w),
@@ -70,31 +71,32 @@ def _nhwc(like: Tensor, channels: int) -> Tensor:
     )
 
 
-def _plain(like: Tensor) -> Tensor:
+def plain(like: Tensor) -> Tensor:
+    """Output of a fake: contiguous, of the shape and dtype of `like`."""
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
 def _fake_gcrb(x, *params_groups_backend):
-    return _nhwc(x, x.shape[1])
+    return nhwc_like(x, x.shape[1])
 
 
 def _fake_gcrb_backward(grad_y, x, w1, b1, w2, b2, w3, b3, groups, backend):
-    return _nhwc(x, x.shape[1]), *map(_plain, (w1, b1, w2, b2, w3, b3))
+    return nhwc_like(x, x.shape[1]), *map(plain, (w1, b1, w2, b2, w3, b3))
 
 
 def _fake_gcrb_train(x, w1, *params_groups_eps_backend):
     size = 2 * w1.shape[0] + x.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, var = (torch.empty(size, dtype=dtype, device=x.device) for _ in range(2))
-    return _nhwc(x, x.shape[1]), mean, var
+    return nhwc_like(x, x.shape[1]), mean, var
 
 
 def _fake_gcrb_train_backward(grad_y, x, *rest):
-    return _nhwc(x, x.shape[1]), *map(_plain, rest[:9])
+    return nhwc_like(x, x.shape[1]), *map(plain, rest[:9])
 
 
 def _fake_acrb(x, weight, bias, start, backend):
-    return _nhwc(x, weight.shape[0])
+    return nhwc_like(x, weight.shape[0])
 
 
 def _fake_acrb_out(x, weight, bias, start, out, out_start, backend):
@@ -102,19 +104,19 @@ def _fake_acrb_out(x, weight, bias, start, out, out_start, backend):
 
 
 def _fake_acrb_backward(grad_y, x, weight, bias, start, backend):
-    return _nhwc(x, x.shape[1]), _plain(weight), _plain(bias)
+    return nhwc_like(x, x.shape[1]), plain(weight), plain(bias)
 
 
 def _fake_conv3x3(xs, weight, *rest, taps=9):
-    return _nhwc(xs[0], weight.shape[0])
+    return nhwc_like(xs[0], weight.shape[0])
 
 
 def _fake_conv3x3_backward(grad, xs, weight, groups, interleaved, backend, *, taps=9):
-    return _nhwc(grad, sum(x.shape[1] for x in xs)), _plain(weight)
+    return nhwc_like(grad, sum(x.shape[1] for x in xs)), plain(weight)
 
 
-def _autocast(op: torch._ops.OpOverload, device_type: str) -> Callable:
-    """The map goes to the autocast dtype; weights stay, kernels read them in float32."""
+def _autocast(op: torch._ops.OpOverload, device_type: str, maps: int) -> Callable:
+    """The first `maps` arguments go to the autocast dtype; kernels read weights in float32."""
     key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
     keyset = torch._C.DispatchKeySet(key[device_type])
 
@@ -125,7 +127,9 @@ def _autocast(op: torch._ops.OpOverload, device_type: str) -> Callable:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keyset):
             if isinstance(x, Tensor):
-                return op(cast(x, dtype), *args, **kwargs)
+                args = (x, *args)
+                cast_args = (cast(each, dtype) for each in args[:maps])
+                return op(*cast_args, *args[maps:], **kwargs)
             weight, bias, residual, *rest = args
             xs = [cast(each, dtype) for each in x]
             return op(xs, weight, bias, cast(residual, dtype), *rest, **kwargs)
@@ -133,14 +137,15 @@ def _autocast(op: torch._ops.OpOverload, device_type: str) -> Callable:
     return run
 
 
-def _backward_backend(ctx, op: str, forward: str, x: Tensor) -> None:
+def backward_backend(ctx, op: str, forward: str, x: Tensor) -> None:
+    """Note the backend that the backward op of a forward on backend `forward` will run on."""
     ctx.backend = dispatch.choose_backward(op, forward, x.device, x.dtype)
 
 
 def _save_gcrb(ctx, inputs, output):
     *tensors, ctx.groups, backend = inputs
     ctx.save_for_backward(*tensors)
-    _backward_backend(ctx, "gcrb_backward", backend, tensors[0])
+    backward_backend(ctx, "gcrb_backward", backend, tensors[0])
 
 
 def _gcrb_backward(ctx, grad_y):
@@ -153,7 +158,7 @@ def _save_gcrb_train(ctx, inputs, output):
     _, mean, var = output
     ctx.save_for_backward(*tensors, mean, var)
     ctx.mark_non_differentiable(mean, var)
-    _backward_backend(ctx, "gcrb_train_backward", backend, tensors[0])
+    backward_backend(ctx, "gcrb_train_backward", backend, tensors[0])
 
 
 def _gcrb_train_backward(ctx, grad_y, grad_mean, grad_var):
@@ -166,7 +171,7 @@ def _gcrb_train_backward(ctx, grad_y, grad_mean, grad_var):
 def _save_acrb(ctx, inputs, output):
     *tensors, ctx.start, backend = inputs
     ctx.save_for_backward(*tensors)
-    _backward_backend(ctx, "acrb_backward", backend, tensors[0])
+    backward_backend(ctx, "acrb_backward", backend, tensors[0])
 
 
 def _acrb_backward(ctx, grad_y):
@@ -180,7 +185,7 @@ def _save_conv3x3(ctx, inputs, keyword_only_inputs, output):
     ctx.sources, ctx.has_residual = len(xs), residual is not None
     # y > 0 tells where the ReLU was open, unless a residual hides it: then it is computed again
     ctx.save_for_backward(*xs, weight, bias, output if ctx.relu and residual is None else None)
-    _backward_backend(ctx, "conv3x3_backward", ctx.forward, xs[0])
+    backward_backend(ctx, "conv3x3_backward", ctx.forward, xs[0])
 
 
 def _conv3x3_backward(ctx, grad_y):
@@ -233,21 +238,36 @@ _AUTOGRAD = {
 }
 
 
-def _register() -> None:
-    for op, schema in SCHEMAS.items():
-        name = f"{NAMESPACE}::{op}"
-        _library.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(op, _kernel(op), "CompositeExplicitAutograd")
-        torch.library.register_fake(name, _FAKES[op], lib=_library)
-        if op in _AUTOGRAD:
-            backward, setup = _AUTOGRAD[op]
-            torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
-            overload = getattr(torch.ops.efrdn_fast, op).default
-            for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-                _library.impl(op, _autocast(overload, device_type), key)
-        elif op.endswith("_backward"):
-            torch.library.register_autograd(name, _no_double_backward(op), lib=_library)
+def register(
+    op: str,
+    schema: str,
+    fake: Callable,
+    autograd: tuple[Callable, Callable] | None = None,
+    maps: int = 1,
+) -> None:
+    """Define `op` in the namespace.
+
+    Args:
+        op: Its name, a key of `dispatch.IMPLS`.
+        schema: Arguments and results.
+        fake: Shapes, dtypes and strides of the results.
+        autograd: Backward and setup of the context, where it is differentiable.
+        maps: How many leading arguments autocast casts.
+    """
+    name = f"{NAMESPACE}::{op}"
+    SCHEMAS.setdefault(op, schema)
+    _library.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(op, _kernel(op), "CompositeExplicitAutograd")
+    torch.library.register_fake(name, fake, lib=_library)
+    if autograd:
+        backward, setup = autograd
+        torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
+        overload = getattr(torch.ops.efrdn_fast, op).default
+        for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            _library.impl(op, _autocast(overload, device_type, maps), key)
+    elif op.endswith("_backward"):
+        torch.library.register_autograd(name, _no_double_backward(op), lib=_library)
 
 
-_register()
-flops.register_when_needed()
+for _op, _schema in SCHEMAS.items():
+    register(_op, _schema, _FAKES[_op], _AUTOGRAD.get(_op))

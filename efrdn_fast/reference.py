@@ -5,7 +5,7 @@ They compute in the dtype they are given (float64 in = float64 truth), without c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,25 @@ __all__ = [
     "asymmetric_conv",
     "conv3x3",
     "emha",
+    "emha_lse",
     "emha_sdpa",
+    "fold",
     "gcrb",
     "gcrb_train",
     "join",
+    "join_heads",
+    "overlap_count",
+    "score_blocks",
+    "split_heads",
+    "token_fold",
+    "token_hidden",
+    "token_qkv",
+    "transformer_block",
+    "unfold",
 ]
 
 SCORE_BUDGET = 256 << 20
-"""Bytes of attention scores that `emha` holds at a time; longer segments loop over query rows."""
+"""Bytes of scores that `emha` computes at a time; longer segments loop over query rows."""
 
 
 def gcrb(
@@ -187,10 +198,33 @@ def conv3x3(
     return y if residual is None else y + residual
 
 
-def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of `[N, T, 3 * heads * D]`, views `[N, heads, T, D]`."""
     n, tokens, width = qkv.shape
     q, k, v = qkv.view(n, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
-    return q, k, v  # each [N, heads, T, D]
+    return q, k, v
+
+
+def score_blocks(
+    qkv: Tensor, heads: int, segment_tokens: int
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+    """Scaled scores of attention in blocks of query rows, each within `SCORE_BUDGET`.
+
+    Yields:
+        The tokens of the rows, their scores `[N, heads, rows, segment]`, their queries, and keys
+        and values of their segment; each of the three `[N, heads, tokens, D]`.
+    """
+    n, tokens, _ = qkv.shape
+    row_bytes = n * heads * min(segment_tokens, tokens) * qkv.element_size()
+    rows = max(1, SCORE_BUDGET // max(1, row_bytes))
+    scale = split_heads(qkv, heads)[0].shape[-1] ** -0.5
+    first = 0
+    for segment in qkv.split(segment_tokens, dim=1):
+        q, k, v = split_heads(segment, heads)
+        for part in q.split(rows, dim=2):
+            last = first + part.shape[2]
+            yield slice(first, last), (part @ k.transpose(-2, -1)) * scale, part, k, v
+            first = last
 
 
 def emha(qkv: Tensor, heads: int, segment_tokens: int) -> Tensor:
@@ -202,26 +236,140 @@ def emha(qkv: Tensor, heads: int, segment_tokens: int) -> Tensor:
         segment_tokens: Length of a segment; the last one may be shorter.
 
     Returns:
-        `[N, T, heads * D]`, heads joined. At most `SCORE_BUDGET` bytes of scores at a time.
+        `[N, T, heads * D]`, heads joined. Without gradients at most `SCORE_BUDGET` bytes of scores
+        at a time, and as much of their softmax.
     """
-    n, tokens, _ = qkv.shape
-    row_bytes = n * heads * min(segment_tokens, tokens) * qkv.element_size()
-    rows = max(1, SCORE_BUDGET // max(1, row_bytes))  # query rows whose scores fit the budget
-    scale = _split_heads(qkv, heads)[0].shape[-1] ** -0.5
-    out = []
-    for segment in qkv.split(segment_tokens, dim=1):
-        q, k, v = _split_heads(segment, heads)
-        for q_rows in q.split(rows, dim=2):
-            scores = (q_rows @ k.transpose(-2, -1)) * scale  # [N, heads, rows, segment]
-            out.append(scores.softmax(dim=-1) @ v)
-    return torch.cat(out, dim=2).transpose(1, 2).reshape(n, tokens, -1)
+    blocks = score_blocks(qkv, heads, segment_tokens)
+    return join_heads([scores.softmax(dim=-1) @ v for _, scores, _, _, v in blocks])
+
+
+def emha_lse(qkv: Tensor, heads: int, segment_tokens: int) -> Tensor:
+    """Log of the sum of exp of the scaled scores of every query, `[N, heads, T]`."""
+    blocks = score_blocks(qkv, heads, segment_tokens)
+    return torch.cat([scores.logsumexp(dim=-1) for _, scores, *_ in blocks], dim=2)
+
+
+def join_heads(parts: Sequence[Tensor]) -> Tensor:
+    """Consecutive tokens of several `[N, heads, tokens, D]` as one `[N, T, heads * D]`."""
+    return torch.cat(tuple(parts), dim=2).transpose(1, 2).flatten(2)
 
 
 def emha_sdpa(qkv: Tensor, heads: int, segment_tokens: int) -> Tensor:
     """`emha` through `scaled_dot_product_attention`: same result, no score matrix on CPU."""
-    n, tokens, _ = qkv.shape
-    out = [
-        F.scaled_dot_product_attention(*_split_heads(segment, heads))
-        for segment in qkv.split(segment_tokens, dim=1)
-    ]
-    return torch.cat(out, dim=2).transpose(1, 2).reshape(n, tokens, -1)
+    segments = qkv.split(segment_tokens, dim=1)
+    return join_heads([F.scaled_dot_product_attention(*split_heads(s, heads)) for s in segments])
+
+
+def overlap_count(x: Tensor) -> Tensor:
+    """How many 3x3 patches cover each pixel of `x`: 9 inside, 6 at edges, 4 in corners."""
+    ones = x.new_ones(1, 1, *x.shape[2:])
+    return F.fold(F.unfold(ones, 3, padding=1), x.shape[2:], 3, padding=1)  # [1, 1, H, W]
+
+
+def unfold(x: Tensor) -> Tensor:
+    """3x3 patches of `x` `[N, C, H, W]`, zero padding, as tokens `[N, H W, 9 C]`."""
+    return F.unfold(x, 3, padding=1).transpose(1, 2)
+
+
+def fold(t: Tensor, size: Sequence[int]) -> Tensor:
+    """Sum of the patches `[N, H W, 9 C]` that meet at each pixel; `[N, C, H, W]`, `size` H, W."""
+    return F.fold(t.transpose(1, 2), tuple(size), 3, padding=1)
+
+
+def token_qkv(
+    x: Tensor, gamma: Tensor, beta: Tensor, reduce: Tensor, qkv: Tensor, *, eps: float = 1e-5
+) -> Tensor:
+    """q k v of the tokens of a map: `LN(unfold3x3(x))` through two Linear without bias.
+
+    Args:
+        x: `[N, C, H, W]`.
+        gamma, beta: Of the LayerNorm, `[9 C]`, channel-major.
+        reduce, qkv: `[M, 9 C]`, `[3 M, M]`.
+
+    Returns:
+        `[N, H W, 3 M]`.
+    """
+    t = F.layer_norm(unfold(x), gamma.shape, gamma, beta, eps)
+    return F.linear(F.linear(t, reduce), qkv)
+
+
+def token_hidden(
+    x: Tensor,
+    a: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Hidden layer of the MLP: `relu(fc1(LN(unfold3x3(x) + proj(a))))` (Eqs. 28, 29).
+
+    Args:
+        x: `[N, C, H, W]`.
+        a: Output of the attention, `[N, H W, M]`.
+        proj_weight, proj_bias: `[9 C, M]`, `[9 C]`.
+        gamma, beta: Of the LayerNorm, `[9 C]`, channel-major.
+        fc1_weight, fc1_bias: `[hidden, 9 C]`, `[hidden]`.
+
+    Returns:
+        `[N, H W, hidden]`.
+    """
+    t = unfold(x) + F.linear(a, proj_weight, proj_bias)
+    return F.relu(F.linear(F.layer_norm(t, gamma.shape, gamma, beta, eps), fc1_weight, fc1_bias))
+
+
+def token_fold(
+    x: Tensor,
+    a: Tensor,
+    h: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    *,
+    mean: bool = True,
+) -> Tensor:
+    """Tokens after both residuals, folded: `fold(unfold3x3(x) + proj(a) + fc2(h))`.
+
+    Args:
+        x, a, proj_weight, proj_bias: As in `token_hidden`.
+        h: Its result, `[N, H W, hidden]`.
+        fc2_weight, fc2_bias: `[9 C, hidden]`, `[9 C]`.
+        mean: Divide by the number of patches that cover a pixel.
+
+    Returns:
+        `[N, C, H, W]`.
+    """
+    t = unfold(x) + F.linear(a, proj_weight, proj_bias) + F.linear(h, fc2_weight, fc2_bias)
+    y = fold(t, x.shape[2:])
+    return y / overlap_count(x) if mean else y
+
+
+def transformer_block(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    reduce: Tensor,
+    qkv: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    *,
+    heads: int = 8,
+    segment_tokens: int,
+    eps: float = 1e-5,
+    mean: bool = True,
+) -> Tensor:
+    """The transformer block (Eqs. 28-30) from the four parts above."""
+    a = emha(token_qkv(x, norm1_weight, norm1_bias, reduce, qkv, eps=eps), heads, segment_tokens)
+    proj = proj_weight, proj_bias
+    h = token_hidden(x, a, *proj, norm2_weight, norm2_bias, fc1_weight, fc1_bias, eps=eps)
+    return token_fold(x, a, h, *proj, fc2_weight, fc2_bias, mean=mean)

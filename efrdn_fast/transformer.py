@@ -8,16 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
+from .reference import overlap_count
 
 __all__ = ["EMHA", "MLP", "TransformerBlock", "overlap_count"]
 
 Attention = Callable[[Tensor, int, int], Tensor]
-
-
-def overlap_count(x: Tensor) -> Tensor:
-    """How many 3x3 patches cover each pixel of `x`: 9 inside, 6 at edges, 4 in corners."""
-    ones = x.new_ones(1, 1, *x.shape[2:])
-    return F.fold(F.unfold(ones, 3, padding=1), x.shape[2:], 3, padding=1)  # [1, 1, H, W]
 
 
 class EMHA(nn.Module):
@@ -74,8 +69,8 @@ class TransformerBlock(nn.Module):
         self.mlp = MLP(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        t = F.unfold(x, 3, padding=1).transpose(1, 2)  # [N, H W, 9 C]
+        t = reference.unfold(x)  # [N, H W, 9 C]
         t = t + self.emha(self.norm1(t))  # (28)
         t = t + self.mlp(self.norm2(t))  # (29)
-        y = F.fold(t.transpose(1, 2), x.shape[2:], 3, padding=1)
+        y = reference.fold(t, x.shape[2:])
         return y / overlap_count(x) if self.fold == "mean" else y

@@ -22,10 +22,12 @@ __all__ = [
     "gcrb_backward",
     "gcrb_train",
     "gcrb_train_backward",
+    "nhwc_strides",
 ]
 
 
-def _nhwc(y: Tensor) -> Tensor:
+def nhwc_strides(y: Tensor) -> Tensor:
+    """`y` in NHWC memory, with the strides of `memory_format=channels_last` at any size."""
     _, c, h, w = y.shape
     if y.stride() == (c * h * w, 1, w * c, c):
         return y
@@ -57,7 +59,7 @@ def _channel_sum(grad: Tensor, like: Tensor) -> Tensor:
 
 def gcrb(x, w1, b1, w2, b2, w3, b3, groups):
     params = [p.to(x.dtype) for p in (w1, b1, w2, b2, w3, b3)]
-    return _nhwc(reference.gcrb(x, *params, groups=groups))
+    return nhwc_strides(reference.gcrb(x, *params, groups=groups))
 
 
 def gcrb_backward(grad_y, x, w1, b1, w2, b2, w3, b3, groups):
@@ -72,7 +74,7 @@ def gcrb_backward(grad_y, x, w1, b1, w2, b2, w3, b3, groups):
     g1 = g1 * (a1 > 0)
     g0, grad_w1 = _conv_backward(g1, x, v1, groups)
     return (
-        _nhwc(grad_y + g0),
+        nhwc_strides(grad_y + g0),
         grad_w1.to(w1.dtype),
         _channel_sum(g1, b1),
         grad_w2.to(w2.dtype),
@@ -88,7 +90,7 @@ def gcrb_train(x, w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3, group
         x, v1, gamma1, beta1, v2, gamma2, beta2, v3, gamma3, beta3, groups=groups, eps=eps
     )
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return _nhwc(y), mean.to(dtype), var.to(dtype)
+    return nhwc_strides(y), mean.to(dtype), var.to(dtype)
 
 
 def gcrb_train_backward(
@@ -127,11 +129,11 @@ def gcrb_train_backward(
         *(grad_w3, grad_gamma3, grad_beta3),
     )
     params = (w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3)
-    return _nhwc(grad_y + g0), *(g.to(p.dtype) for g, p in zip(grads, params, strict=True))
+    return nhwc_strides(grad_y + g0), *(g.to(p.dtype) for g, p in zip(grads, params, strict=True))
 
 
 def acrb(x, weight, bias, start):
-    return _nhwc(reference.acrb(x, weight.to(x.dtype), bias.to(x.dtype), start=start))
+    return nhwc_strides(reference.acrb(x, weight.to(x.dtype), bias.to(x.dtype), start=start))
 
 
 def acrb_out(x, weight, bias, start, out, out_start):
@@ -160,10 +162,10 @@ def conv3x3(xs, weight, bias, residual, groups, relu, interleaved):
         relu=relu,
         interleaved=interleaved,
     )
-    return _nhwc(y)
+    return nhwc_strides(y)
 
 
 def conv3x3_backward(grad, xs, weight, groups, interleaved):
     x, v = reference.join(xs, interleaved), weight.to(grad.dtype)
     grad_x, grad_weight = _conv_backward(grad, x, v, groups, padding=1)
-    return _nhwc(grad_x), grad_weight.to(weight.dtype)
+    return nhwc_strides(grad_x), grad_weight.to(weight.dtype)

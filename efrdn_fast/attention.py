@@ -1,0 +1,170 @@
+"""Public ops of the transformer block, re-exported by `functional`, whose conventions they keep.
+
+`emha` takes the arguments of `reference.emha`: `net.set_attention(functional.emha)` puts it into a
+plain network, also for training, where only its input, its output and one number per query and
+head are kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dispatch, ops_attention
+from .checks import check_map, check_tensor, check_weights
+
+__all__ = ["MAX_HEAD_DIM", "emha", "transformer_block"]
+
+MAX_HEAD_DIM = 64
+PARTS = ("token_qkv", "emha", "token_hidden", "token_fold")
+"""Ops of a transformer block, in order."""
+
+_ops = getattr(torch.ops, ops_attention.NAMESPACE)
+
+
+def emha(
+    qkv: Tensor,
+    heads: int,
+    segment_tokens: int | None = None,
+    *,
+    segments: int = 4,
+    tf32: bool | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention inside segments of consecutive tokens (Eq. 30), without a matrix of scores.
+
+    Args:
+        qkv: Output of the qkv projection, `[N, T, 3 * heads * D]`, laid out (q, k, v) x heads x D,
+            D <= 64.
+        heads: Number of heads.
+        segment_tokens: Length of a segment; the last one may be shorter. Default: None, then
+            ceil(T / segments).
+        segments: Number of segments where no length is given. Default: 4.
+        tf32: Products in TF32, for float32 on a GPU. Default: None, as PyTorch is set for matrix
+            products.
+        backend: As in `gcrb`.
+
+    Returns:
+        `[N, T, heads * D]`, heads joined, dtype of `qkv`. Differentiable once.
+
+    Example:
+        >>> net.set_attention(functional.emha)
+    """
+    check_map("emha", "qkv", qkv, "N, T, 3 * heads * D")
+    tokens, width = qkv.shape[1:]
+    if heads < 1 or width % (3 * heads):
+        raise ValueError(
+            f"emha: qkv must be [N, T, 3 * heads * D], got {list(qkv.shape)} for heads={heads}"
+        )
+    _check_head_dim("emha", width // (3 * heads), heads)
+    length = _segment_length("emha", tokens, segment_tokens, segments)
+    backend = dispatch.choose("emha", backend, qkv)
+    return _ops.emha(qkv, heads, length, _tf32(qkv, tf32), backend)[0]
+
+
+def _check_head_dim(op: str, dim: int, heads: int) -> None:
+    if dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"{op}: head_dim must be at most {MAX_HEAD_DIM}, got {dim} ({heads} heads)"
+        )
+
+
+def _segment_length(op: str, tokens: int, segment_tokens: int | None, segments: int) -> int:
+    if segment_tokens is None:
+        if segments < 1:
+            raise ValueError(f"{op}: segments must be at least 1, got {segments}")
+        return (tokens + segments - 1) // segments
+    if segment_tokens < 1:
+        raise ValueError(f"{op}: segment_tokens must be at least 1, got {segment_tokens}")
+    return segment_tokens
+
+
+def _tf32(x: Tensor, asked: bool | None) -> bool:
+    if x.device.type != "cuda" or x.dtype != torch.float32:
+        return False
+    return torch.backends.cuda.matmul.allow_tf32 if asked is None else asked
+
+
+def transformer_block(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    reduce: Tensor,
+    qkv: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    *,
+    heads: int = 8,
+    segment_tokens: int | None = None,
+    segments: int = 4,
+    eps: float = 1e-5,
+    mean: bool = True,
+    tf32: bool | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Transformer block (Eqs. 28-30) in four ops, between which no 9 C wide token is stored.
+
+    Args:
+        x: `[N, C, H, W]`.
+        norm1_weight, norm1_bias, norm2_weight, norm2_bias: Of the LayerNorms, `[9 C]`,
+            channel-major.
+        reduce, qkv: `[M, 9 C]`, `[3 M, M]`.
+        proj_weight, proj_bias: `[9 C, M]`, `[9 C]`.
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[L, 9 C]`, `[L]`, `[9 C, L]`, `[9 C]`.
+        heads, segment_tokens, segments, tf32: As in `emha`; heads must divide M.
+        eps: Of the LayerNorms. Default: 1e-5.
+        mean: Divide the fold by the number of patches that cover a pixel. Default: True.
+        backend: As in `gcrb`; a backend that is named serves the ops of the four that it has.
+
+    Returns:
+        `[N, C, H, W]`, dtype of `x`. Differentiable once in every tensor.
+
+    Example:
+        >>> y = functional.transformer_block(x, *block.parameters())
+    """
+    op = "transformer_block"
+    check_map(op, "x", x)
+    for name, weight in (("reduce", reduce), ("fc1_weight", fc1_weight)):
+        check_tensor(op, name, weight)
+        if weight.ndim != 2:
+            raise ValueError(f"{op}: {name} must have 2 dimensions, got {list(weight.shape)}")
+    dim, inner, hidden = 9 * x.shape[1], reduce.shape[0], fc1_weight.shape[0]
+    check_weights(
+        op,
+        x,
+        norm1_weight=(norm1_weight, (dim,)),
+        norm1_bias=(norm1_bias, (dim,)),
+        reduce=(reduce, (inner, dim)),
+        qkv=(qkv, (3 * inner, inner)),
+        proj_weight=(proj_weight, (dim, inner)),
+        proj_bias=(proj_bias, (dim,)),
+        norm2_weight=(norm2_weight, (dim,)),
+        norm2_bias=(norm2_bias, (dim,)),
+        fc1_weight=(fc1_weight, (hidden, dim)),
+        fc1_bias=(fc1_bias, (hidden,)),
+        fc2_weight=(fc2_weight, (dim, hidden)),
+        fc2_bias=(fc2_bias, (dim,)),
+    )
+    if heads < 1 or inner % heads:
+        raise ValueError(f"{op}: heads must divide the width {inner} of q, got {heads}")
+    _check_head_dim(op, inner // heads, heads)
+    if not eps > 0:
+        raise ValueError(f"{op}: eps must be positive, got {eps}")
+    length = _segment_length(op, x.shape[2] * x.shape[3], segment_tokens, segments)
+    tf32 = _tf32(x, tf32)
+    first, second, third, fourth = dispatch.plan(PARTS, backend, x).values()
+    tokens = _ops.token_qkv(x, norm1_weight, norm1_bias, reduce, qkv, eps, tf32, first)
+    a, _ = _ops.emha(tokens, heads, length, tf32, second)
+    h = _ops.token_hidden(
+        *(x, a, proj_weight, proj_bias, norm2_weight, norm2_bias, fc1_weight, fc1_bias),
+        *(eps, tf32, third),
+    )
+    return _ops.token_fold(
+        x, a, h, proj_weight, proj_bias, fc2_weight, fc2_bias, mean, tf32, fourth
+    )

@@ -1,0 +1,169 @@
+"""Attention on every backend that can run here: values, gradients, extremes, tracing, FLOPs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from efrdn_fast import functional, reference
+from efrdn_fast.cases_attention import EMHA, EmhaCase
+from efrdn_fast.testing import case_id, check_backward, check_forward, gradients, make_input
+
+HALF = (torch.float16, torch.bfloat16)
+CASES = [(case, torch.float32) for case in EMHA]
+CASES += [(case, dtype) for case in (EMHA[3], EMHA[8]) for dtype in HALF]
+emha = torch.ops.efrdn_fast.emha
+emha_backward = torch.ops.efrdn_fast.emha_backward
+
+
+def small(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """qkv of 2 heads x 3; segments of 4 tokens."""
+    return make_input((2, 11, 18), dtype)
+
+
+@pytest.mark.op("emha")
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize(("case", "dtype"), CASES, ids=case_id)
+def test_emha_forward(target, case, dtype):
+    check_forward(case, dtype, *target)
+
+
+# With scores of 1e4 float32 leaves 3 digits to the weights of the softmax: a test of its own.
+MILD = [(case, dtype) for case, dtype in CASES if case.scale == 1]
+
+
+@pytest.mark.op("emha_backward")
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize(("case", "dtype"), MILD, ids=case_id)
+def test_emha_backward(target, case, dtype):
+    check_backward(case, dtype, *target)
+
+
+@pytest.mark.op("emha_backward")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=case_id)
+def test_emha_of_scores_of_1e4(target, dtype):
+    """Neither overflow nor NaN; the gradient as near as the rounding of the scores allows."""
+    device, backend = target
+    case = EmhaCase(1, 90, 45, scale=60.0 if dtype == torch.float32 else 50.0)
+    check_forward(case, dtype, device, backend)
+    qkv, *rest = case.args(dtype, device)
+    q, k, _ = reference.split_heads(qkv.double(), case.heads)
+    assert (q @ k.mT).abs().max() * case.dim**-0.5 > 1e4
+    grads = [
+        gradients(f, make_input((1, 90, 144), dtype, device, seed=3))(values)[0]
+        for f, values in (
+            (lambda qkv: emha(qkv, *rest, backend), qkv),
+            (lambda qkv: case.reference(qkv, *rest), qkv.double()),
+        )
+    ]
+    atol = 5e-3 if dtype == torch.float32 else 1e-1
+    torch.testing.assert_close(
+        grads[0].double(), grads[1], rtol=0, atol=atol * grads[1].abs().max().item()
+    )
+
+
+@pytest.mark.op("emha_backward")
+def test_emha_backward_of_an_expanded_gradient(target):
+    check_backward(EMHA[3], torch.float32, *target, expanded=True)
+
+
+@pytest.mark.op("emha_backward")
+def test_emha_backward_is_deterministic(target):
+    device, backend = target
+    args = EmhaCase(2, 97, 40).args(torch.float32, device)
+    out, lse = emha(*args, backend)
+    first, second = (emha_backward(out, args[0], out, lse, *args[1:], backend) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("tokens", [5, 14])
+def test_emha_by_blocks_of_scores_equals_the_flash_kernel(monkeypatch, tokens):
+    """What the reference backend does on other devices, here in float64 on the CPU."""
+    from efrdn_fast.kernels import reference_attention as kernels
+
+    qkv = make_input((2, tokens, 18), torch.float64)
+    grad = make_input((2, tokens, 6), torch.float64, seed=1)
+    out, lse = kernels.emha(qkv, 2, 6, False)
+    torch.testing.assert_close(lse, reference.emha_lse(qkv, 2, 6))
+    monkeypatch.setattr(reference, "SCORE_BUDGET", 4 * 2 * 2 * 6 * 8)  # 4 rows at a time
+    args = grad, qkv, out, lse, 2, 6
+    torch.testing.assert_close(kernels._plain_gradients(*args), kernels._flash_gradients(*args))
+
+
+def test_emha_opcheck():
+    torch.library.opcheck(emha.default, (small().requires_grad_(), 2, 4, False, "reference"))
+    qkv = small()
+    out, lse = emha(qkv, 2, 4, False, "reference")
+    args = (out.clone(), qkv, out, lse, 2, 4, False, "reference")
+    torch.library.opcheck(emha_backward.default, args)
+
+
+def test_emha_gradcheck():
+    qkv = make_input((1, 5, 12), torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda qkv: functional.emha(qkv, 2, 3), qkv)
+
+
+def test_emha_double_backward_says_what_to_do():
+    qkv = small().requires_grad_()
+    (grad,) = torch.autograd.grad(functional.emha(qkv, 2, 4).square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"emha_backward has no derivative.*reference"):
+        grad.sum().backward()
+
+
+def test_emha_compile():
+    qkv = small().requires_grad_()
+
+    def step(qkv):
+        return functional.emha(qkv, 2, segments=3, backend="reference")
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(qkv), step(qkv))
+    (grad,) = torch.autograd.grad(compiled(qkv).sum(), qkv)
+    (expected,) = torch.autograd.grad(step(qkv).sum(), qkv)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_emha_takes_a_count_or_a_length():
+    qkv = small(torch.float64)
+    torch.testing.assert_close(
+        functional.emha(qkv, 2, segments=3), reference.emha(qkv, 2, 4), rtol=0, atol=1e-12
+    )
+
+
+def test_emha_flops_equal_those_of_the_reference():
+    qkv = small().requires_grad_()
+    counts = []
+    for attention in (reference.emha, functional.emha):
+        with FlopCounterMode(display=False) as forward:
+            out = attention(qkv, 2, 4)
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        counts.append((forward.get_total_flops(), backward.get_total_flops()))
+    assert counts[0] == counts[1]
+    assert min(counts[0]) > 0
+
+
+def test_emha_autocast():
+    qkv = small()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = functional.emha(qkv, 2, 4)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, functional.emha(qkv.bfloat16(), 2, 4))
+
+
+@pytest.mark.op("emha")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_emha_keeps_what_is_not_finite(target, value):
+    """In query, key or value of one token: the same outputs are NaN as in plain PyTorch.
+
+    PyTorch's own kernel on a CPU, which is the reference backend there, gives 0 for a NaN query.
+    """
+    device, backend = target
+    plain = reference.emha_sdpa if target == ("cpu", "reference") else reference.emha
+    for column in (0, 6, 12):
+        qkv = small().to(device)
+        qkv[0, 2, column] = value
+        out, _ = emha(qkv, 2, 4, False, backend)
+        expected = plain(qkv, 2, 4)
+        torch.testing.assert_close(out, expected, equal_nan=True)
