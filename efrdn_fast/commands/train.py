@@ -34,6 +34,24 @@ def _add_fields(parser: argparse.ArgumentParser, record: type, title: str) -> No
             group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
 
 
+def _check_images(data: list[str], benchmark: str, strict: bool) -> int:
+    from tqdm import tqdm
+
+    from ..contamination import check_images
+
+    def bar(items):
+        return tqdm(items, unit="image", disable=None)
+
+    matches, trained, tested = check_images(data, benchmark, strict=strict, progress=bar)
+    for match in matches:
+        print(
+            f"{match.train} shows {match.test} "
+            f"(correlation {match.correlation:.3f}, {match.scale:.2f} times its size)"
+        )
+    print(f"{len(matches)} copies of {tested} test images among {trained} training images")
+    return 1 if matches else 0
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..options import PRESETS, RunOptions, TrainOptions
 
@@ -46,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help='"auto" (continue <out>/state.pt if it is there), "never", or a state.pt',
     )
+    parser.add_argument(
+        "--check-images",
+        metavar="DIR",
+        help="only look, by content, for images of the benchmark sets in DIR among the training "
+        "images: cropped, resized, recompressed or turned ones too. Exit status 1 if there are any",
+    )
     _add_fields(parser, TrainOptions, "recipe (decides the weights)")
     _add_fields(parser, RunOptions, "run")
 
@@ -57,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     from ..train import train
 
     given = vars(args)
+    if args.check_images is not None:
+        return _check_images(args.data, args.check_images, strict=given.get("strict", False))
     chosen = {f.name: given[f.name] for f in dataclasses.fields(TrainOptions) if f.name in given}
     options = TrainOptions(**{**PRESETS[args.preset], **chosen})
     run_options = RunOptions(
