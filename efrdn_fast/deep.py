@@ -109,11 +109,15 @@ def _opencv(data: bytes, what: str) -> np.ndarray | None:
             f"{what} needs OpenCV 4.12 or newer, for Pillow would cut it to 8 bits: "
             "pip install efrdn_fast[images]"
         ) from error
+    levels = cv2.utils.logging
+    level = levels.setLogLevel(levels.LOG_LEVEL_SILENT)  # the error below says it once
     try:
         # Unlike imdecode it leaves a PNG's orientation to us. A TIFF's is applied by both.
         return imdecodeWithMetadata(np.frombuffer(data, np.uint8), flags=IMREAD_UNCHANGED)[0]
     except cv2.error as error:
         raise ValueError(f"{what} that OpenCV cannot decode: {error.err}") from error
+    finally:
+        levels.setLogLevel(level)
 
 
 def _rgb(pixels: np.ndarray) -> np.ndarray:
