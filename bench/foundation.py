@@ -8,31 +8,18 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
 CASES = [
     {"what": "upscale", "size": [128, 128]},
     {"what": "upscale", "size": [320, 180]},
     {"what": "train", "batch": 4, "patch": 32},
     {"what": "train", "batch": 16, "patch": 48},
 ]
-
-
-def device_name() -> str:
-    """Model of the CPU and number of cores, as a folder name."""
-    import torch
-
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*:\s*(.+)", text)
-    name = model[1].strip() if model else platform.processor() or platform.machine()
-    return re.sub(r"[^a-z0-9]+", "-", f"cpu {name} {torch.get_num_threads()} threads".lower())
 
 
 def measure(case: dict) -> dict:
@@ -77,6 +64,9 @@ def main() -> None:
         return
     import torch
 
+    from .harness.provenance import RESULTS, device_folder
+
+    device = device_folder(torch.device("cpu"))
     rows = []
     for case in CASES:
         command = [sys.executable, "-m", "bench.foundation", json.dumps(case)]
@@ -85,7 +75,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     record = {
         "command": "python -m bench.foundation",
-        "device": device_name(),
+        "device": device,
         "threads": torch.get_num_threads(),
         "dtype": "float32",
         "network": "EFRDN x4, attention by SDPA",
@@ -93,7 +83,7 @@ def main() -> None:
         "torch": torch.__version__,
         "rows": rows,
     }
-    folder = RESULTS / record["device"]
+    folder = RESULTS / device
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "foundation.json").write_text(json.dumps(record, indent=1) + "\n")
 

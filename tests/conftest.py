@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from efrdn_fast import dispatch, env, testing
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.append(str(REPOSITORY))  # for `bench`; an installed efrdn_fast still comes first
 
 
 def pytest_configure(config: pytest.Config) -> None:

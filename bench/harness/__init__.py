@@ -1,0 +1,1 @@
+"""What all benches share: the session that checks and measures, ceilings, provenance, results."""

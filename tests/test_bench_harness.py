@@ -1,0 +1,208 @@
+"""Timing, ratios, models, results files and comparisons of the bench."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from bench.harness.model import Point, predict
+from bench.harness.session import NotRun, Session, Subject
+from bench.harness.store import Store, load
+from bench.harness.summary import lines
+from bench.harness.work import counted, largest_error
+from efrdn_fast import cases, reference, timing
+
+CPU = torch.device("cpu")
+
+
+def samples(ratio: float, spread: float, count: int = 60, seed: int = 0) -> tuple[list, list]:
+    """Times of a baseline that takes `ratio` times as long, under a drifting load that both see."""
+    rng = np.random.default_rng(seed)
+    load = 1 + 0.5 * np.sin(np.linspace(0, 3, count))
+    base = 1e-3 * ratio * load * (1 + spread * rng.random(count))
+    return list(base), list(1e-3 * load * (1 + spread * rng.random(count)))
+
+
+def test_quantile():
+    assert timing.quantile([3, 1, 2], 0) == 1
+    assert timing.quantile([3, 1, 2], 0.5) == 2
+    assert timing.quantile([3, 1, 2], 1) == 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_second_run_falls_into_first_interval(seed):
+    first = timing.paired_ratio(*samples(2.0, 0.1, seed=seed))
+    second = timing.paired_ratio(*samples(2.0, 0.1, seed=seed + 100))
+    assert first.low <= second.value <= first.high
+    assert not first.noisy
+    assert first.high - first.low < 0.3
+
+
+def test_interval_covers_drift_of_the_ratio():
+    base, other = samples(2.0, 0.02)
+    base[40:] = [1.2 * s for s in base[40:]]
+    ratio = timing.paired_ratio(base, other)
+    assert ratio.low < 2.0 and ratio.high > 2.3
+
+
+def test_wide_samples_are_noisy():
+    assert timing.paired_ratio(*samples(2.0, 2.0, count=6)).noisy
+    assert "noisy" in str(timing.paired_ratio(*samples(2.0, 2.0, count=6)))
+    assert timing.is_noisy([1.0, 1.0, 2.0, 2.0, 2.0])
+    assert not timing.is_noisy([1.0, 1.01, 1.02, 1.03, 1.04])
+
+
+def test_paired_ratio_rejects_what_is_not_paired():
+    with pytest.raises(ValueError, match="2 and 1 samples"):
+        timing.paired_ratio([1, 2], [1])
+    with pytest.raises(ValueError, match="0 and 0 samples"):
+        timing.paired_ratio([], [])
+
+
+def test_clock_modes():
+    with pytest.raises(ValueError, match="'cold' cannot be timed on cpu"):
+        timing.Clock(CPU, "cold")
+    with pytest.raises(ValueError, match="'lukewarm'"):
+        timing.Clock(CPU, "lukewarm")
+
+
+def test_measure_takes_turns():
+    order = []
+    calls = {name: lambda name=name: (order.append(name), time.sleep(1e-3)) for name in "ab"}
+    got = timing.measure(calls, timing.Clock(CPU), seconds=0, least=4)
+    assert [len(s) for s in got.values()] == [4, 4]
+    assert min(got["a"] + got["b"]) >= 1e-3
+    assert "".join(order[-8:]) == "abababab"
+
+
+def test_peak_memory_sees_a_large_tensor():
+    peak = timing.peak_memory(lambda: torch.ones(64 << 20, dtype=torch.uint8), CPU)
+    if peak is None:
+        pytest.skip("this kernel does not reset the high-water mark of resident memory")
+    assert 60 << 20 < peak < 80 << 20
+
+
+def test_model_splits_pixels_and_exponentials():
+    def at(pixels: int) -> Point:
+        return Point(pixels, pixels**2).measured(1e-6 * pixels + 1e-9 * pixels**2, 100 * pixels)
+
+    got = predict([at(4096), at(1024)], 65536, 65536**2)
+    assert got.seconds == pytest.approx(1e-6 * 65536 + 1e-9 * 65536**2)
+    assert got.peak == 6553600
+    alone = predict([at(1024)], 2048, 2048**2)
+    assert alone.seconds == pytest.approx(4 * at(1024).seconds)
+    assert predict([], 1, 1) is None
+
+
+def test_work_of_the_ops():
+    case = cases.GcrbCase((2, 32, 6, 5))
+    _, work = counted(case.reference, case.args(), torch.float32)
+    assert work.flops == 2 * 328 * 60
+    assert work.exps == 0
+    qkv = torch.randn(1, 10, 3 * 8 * 18)
+    _, work = counted(reference.emha, (qkv, 8, 4), torch.float32)
+    squares = 4 * 4 + 4 * 4 + 2 * 2
+    assert work.exps == 8 * squares
+    assert work.flops == 2 * 2 * 8 * 18 * squares
+    assert work.bytes == 4 * (qkv.numel() + 10 * 8 * 18)
+
+
+def subject(variants: dict, **more) -> Subject:
+    exact = torch.arange(4.0, dtype=torch.float64)
+    check = lambda name, out: largest_error(name, out, exact, exact.float())  # noqa: E731
+    return Subject("op", "case", variants, check, "plain", **more)
+
+
+def sleeper(seconds: float):
+    def call() -> torch.Tensor:
+        time.sleep(seconds)
+        return torch.arange(4.0)
+
+    return lambda: call
+
+
+def broken():
+    raise NotRun("no such device")
+
+
+def test_session_checks_measures_and_stores(tmp_path):
+    session = Session(CPU, seconds=0.3, results=tmp_path)
+    variants = {
+        "plain": sleeper(4e-3),
+        "fast": sleeper(1e-3),
+        "wrong": lambda: lambda: torch.zeros(4),
+        "absent": broken,
+    }
+    got = {name: session.outcome(1, lambda: subject(variants), name) for name in variants}
+    assert {name: each.status for name, each in got.items()} == {
+        "plain": "measured",
+        "fast": "measured",
+        "wrong": "wrong",
+        "absent": "not run",
+    }
+    assert "max error" in got["wrong"].note and not got["wrong"].samples
+    (path,) = tmp_path.rglob("op.json")
+    stored = load(path)
+    rows = {row["variant"]: row for row in stored["rows"]}
+    assert 2 < rows["fast"]["ratio_low"] <= rows["fast"]["ratio"] <= rows["fast"]["ratio_high"] < 5
+    assert "ratio" not in rows["plain"] and "p50_ms" not in rows["wrong"]
+    assert rows["absent"]["note"] == "no such device"
+    (run,) = stored["runs"].values()
+    assert run["versions"]["torch"] == torch.__version__
+    assert run["ceilings"]["copy"] > 0 and run["command"]
+    text = "\n".join(lines(session))
+    assert "not run: no such device" in text and "ceilings of this run" in text
+    assert path.with_suffix(".csv").read_text().count("\n") == 5
+
+
+def test_session_models_what_does_not_fit_the_cap():
+    session = Session(CPU, seconds=0.05, cap=0.1, results=None)
+    small = lambda: subject({"plain": sleeper(2e-3)}, at=Point(100, 0))  # noqa: E731
+    large = lambda: subject({"plain": sleeper(99)}, at=Point(100_000, 0))  # noqa: E731
+    assert session.outcome(1, small, "plain").status == "measured"
+    got = session.outcome(2, large, "plain")
+    assert got.status == "modelled" and "100 pixels" in got.note
+    assert got.samples["modelled"][0] == pytest.approx(2, rel=0.5)
+    assert session.rows[-1]["mode"] == "modelled"
+
+
+def test_session_says_what_memory_a_size_needs(monkeypatch):
+    monkeypatch.setattr("bench.harness.session.free_memory", lambda device: 1 << 30)
+    session = Session(CPU, seconds=0.05, results=None)
+    session._points["op", "plain"].append(Point(100, 0, 1e-6, 1 << 28))
+    got = session.outcome(1, lambda: subject({"plain": sleeper(99)}, at=Point(800, 0)), "plain")
+    assert got.status == "does not fit" and "needs 2.0 GiB, 1.0 are free" in got.note
+
+
+def test_slow_call_without_a_model_runs_once():
+    session = Session(CPU, seconds=0.05, cap=0.03, results=None)
+    got = session.outcome(1, lambda: subject({"plain": sleeper(0.02)}), "plain")
+    assert "one call only" in got.note
+    assert session.rows[0]["status"] == "noisy" and session.rows[0]["samples"] == 1
+
+
+def test_store_replaces_rows_and_drops_unused_runs(tmp_path):
+    row = {"op": "a", "case": "c", "dtype": "float32", "variant": "v", "mode": "warm", "threads": 2}
+    store = Store(tmp_path, "a")
+    for date, p50 in (("1", 1.0), ("2", 2.0)):
+        store.add([{**row, "p50_ms": p50}], {"revision": "r", "date": date})
+    store.add([{**row, "variant": "w", "p50_ms": math.pi}], {"revision": "r", "date": "2"})
+    stored = load(tmp_path / "a.json")
+    assert [r["p50_ms"] for r in stored["rows"]] == [2.0, math.pi]
+    assert list(stored["runs"]) == ["r 2"]
+
+
+def test_load_names_what_is_no_results_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON"):
+        load(tmp_path / "bad.json")
+    (tmp_path / "other.json").write_text(json.dumps({"rows": []}))
+    with pytest.raises(ValueError, match="holds no runs and rows"):
+        load(tmp_path / "other.json")
