@@ -3,8 +3,9 @@
 A network in evaluation mode, called without gradients, runs on weights packed for inference (see
 `packing`). They are derived at the first call for a device, compute dtype and choice of backends,
 and again as soon as a parameter or running statistic has changed; they are never saved, copied or
-pickled. Everything else (training, evaluation with gradients, tracing, compiling, tensors without
-data) is the forward of EFRDN itself.
+pickled. A network in training mode runs forward and backward on fused ops (see `fast_training`).
+Everything else (evaluation with gradients, modules of both modes, tracing, compiling, tensors
+without data) is the forward of EFRDN itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from . import dispatch, env
 from .device import HALF, PRECISIONS, precision
+from .fast_training import train_forward
 from .model import EFRDN, check_input
 from .packing import OPS, Conv, PackedGConv, PackedTransformer, Target, pack_body
 
@@ -28,7 +30,8 @@ class EFRDNFast(EFRDN):
     """Drop-in for `EFRDN`: constructor, state dict, training and results are the same.
 
     A change through `parameter.data` is the one that PyTorch does not count: `train()` or `eval()`
-    after it makes the packed weights anew. Hooks of sub-modules run in the plain forward only.
+    after it makes the packed weights anew. Hooks of sub-modules run in the plain forward only. In
+    training `dtype` says nothing: autocast does, as for EFRDN.
 
     Args:
         scale, channels, distilled, segments, segment_tokens, fold, module, ablation: As `EFRDN`.
@@ -77,11 +80,17 @@ class EFRDNFast(EFRDN):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `EFRDN.forward`: `[N, 3, H, W]` in [0, 1] -> `[N, 3, scale H, scale W]`."""
-        weights = None if _traced(x) or x.device.type == "meta" else _inference_weights(self, x)
-        if weights is None:
+        if _traced(x) or x.device.type == "meta":
+            return super().forward(x)
+        weights, training = _state(self)
+        replica = getattr(self, "_is_replica", False)
+        grad = torch.is_grad_enabled() and (x.requires_grad or replica or _require_grad(weights))
+        if weights is None or (grad and not training):
             return super().forward(x)
         check_input(x)
         self._check_fit(x)
+        if training:
+            return train_forward(self, x, dispatch.requested(self.backend))
         own, device = self.head.weight.dtype, x.device
         if self.dtype == "auto":
             autocast = torch.is_autocast_enabled(device.type)
@@ -243,20 +252,24 @@ def _traced(x: Tensor) -> bool:
     )
 
 
-def _inference_weights(net: nn.Module, x: Tensor) -> list[Tensor] | None:
-    """All parameters and buffers, or None where training or gradients need the plain forward."""
-    grad = torch.is_grad_enabled()
-    if grad and (x.requires_grad or getattr(net, "_is_replica", False)):
-        return None
-    weights, left = [], [net]
+def _state(net: nn.Module) -> tuple[list[Tensor] | None, bool]:
+    """All parameters and buffers, and whether the modules are in training mode.
+
+    None in the place of the tensors where modules differ in their mode.
+    """
+    weights, left, training = [], [net], net.training
     while left:
         module = left.pop()
-        if module.training:
-            return None
+        if module.training != training:
+            return None, False
         for tensors in (module._parameters, module._buffers):
             weights += [t for t in tensors.values() if t is not None]
         left += [m for m in module._modules.values() if m is not None]
-    return None if grad and any(w.requires_grad for w in weights) else weights
+    return weights, training
+
+
+def _require_grad(weights: list[Tensor] | None) -> bool:
+    return weights is None or any(w.requires_grad for w in weights)
 
 
 _slow: set[str] = set()

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import blocks, functional, reference, reparam
+from . import blocks, functional, reference, reparam, tokens
+from .tokens import nhwc
 from .transformer import TransformerBlock
 
 __all__ = ["OPS", "Conv", "PackedACDM", "PackedGConv", "PackedTransformer", "Target", "pack_body"]
@@ -42,11 +43,6 @@ class Target:
     def folded(self, value: Tensor) -> Tensor:
         """Float32 at least, which the ops of `functional` take with maps of any dtype."""
         return value.detach().to(torch.promote_types(self.dtype, torch.float32))
-
-
-def nhwc(x: Tensor) -> Tensor:
-    """`[N, H, W, C]` view."""
-    return x.permute(0, 2, 3, 1)
 
 
 def interleave(a: Tensor, b: Tensor) -> Tensor:
@@ -320,7 +316,7 @@ class PackedTransformer:
         return F.layer_norm(t, weight.shape, weight, bias, eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        t = _unfold(x)  # [N, H W, 9 C]
+        t = tokens.unfold(x)  # [N, H W, 9 C]
         qkv = F.linear(F.linear(self.norm(t, 0), self.reduce), self.qkv)
         attention = self.emha.attention
         if attention is reference.emha:  # nothing else was asked for by `set_attention`
@@ -329,36 +325,7 @@ class PackedTransformer:
         t += F.linear(attention(qkv, self.emha.heads, length), *self.proj)  # (28)
         del qkv
         t += F.linear(F.linear(self.norm(t, 1), *self.fc1).relu_(), *self.fc2)  # (29)
-        return _fold(t, x.shape, self.mean)
-
-
-def _unfold(x: Tensor) -> Tensor:
-    """3x3 patches with zero padding as tokens `[N, H W, 9 C]`, tap-major."""
-    n, channels, height, width = x.shape
-    padded = F.pad(nhwc(x), (0, 0, 1, 1, 1, 1))
-    taps = padded.unfold(1, 3, 1).unfold(2, 3, 1)  # [N, H, W, C, 3, 3]
-    return taps.permute(0, 1, 2, 4, 5, 3).reshape(n, height * width, 9 * channels)
-
-
-def _fold(t: Tensor, shape: torch.Size, mean: bool) -> Tensor:
-    """Sum of the patches that meet at a pixel, or their mean; `[N, C, H, W]` in NHWC memory."""
-    n, channels, height, width = shape
-    t = t.view(n, height, width, 9, channels)
-    padded = t.new_zeros(n, height + 2, width + 2, channels)
-    for tap in range(9):
-        i, j = divmod(tap, 3)
-        padded[:, i : i + height, j : j + width] += t[:, :, :, tap]
-    y = padded[:, 1:-1, 1:-1]
-    if mean:
-        y = y / (_patches(y, height)[:, None, None] * _patches(y, width)[:, None])
-    return y.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-
-
-def _patches(like: Tensor, length: int) -> Tensor:
-    """How many patches cover each pixel along one axis: 3 inside, 2 at both ends."""
-    count = like.new_full((length,), 3.0)
-    count[0] = count[-1] = 2.0
-    return count
+        return tokens.fold(t, x.shape, self.mean)
 
 
 def pack_body(module: nn.Module, use: int, to: Target) -> Map:
