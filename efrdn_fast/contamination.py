@@ -14,7 +14,6 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -281,11 +280,10 @@ def _overlap(train: Tensor, test: Tensor, scale: float, shift: Tensor) -> float:
         return -1.0
     y, x = (low[d] + torch.arange(int(count[d])) * step for d in (0, 1))
     a = _at(_blur(test[None, None], 0.6 * step), y, x)
-    b = _at(
-        _blur(train[None, None], 0.6 * step * scale), y * scale + shift[0], x * scale + shift[1]
-    )
+    y, x = y * scale + shift[0], x * scale + shift[1]
+    b = _at(_blur(train[None, None], 0.6 * step * scale), y, x)
     a, b = (m - _blur(m, 4) for m in (a, b))
-    # The fitted position may be off by a pixel: the best of nine small moves counts.
+    # The fitted position may be off by a pixel or two: the best of all such moves counts.
     inner, best = a[..., 2:-2, 2:-2], -1.0
     for dy in range(5):
         for dx in range(5):
@@ -296,8 +294,6 @@ def _overlap(train: Tensor, test: Tensor, scale: float, shift: Tensor) -> float:
 
 def _at(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     height, width = image.shape[-2:]
-    grid_y, grid_x = torch.meshgrid(
-        y * 2 / (height - 1) - 1, x * 2 / (width - 1) - 1, indexing="ij"
-    )
-    grid = torch.stack((grid_x, grid_y), dim=-1)[None]
+    y, x = y * 2 / (height - 1) - 1, x * 2 / (width - 1) - 1
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]
     return F.grid_sample(image, grid, align_corners=True, padding_mode="border")

@@ -52,7 +52,7 @@ class TrainOptions:
     attention: str = "sdpa"
     """explicit (score matrix) or sdpa."""
     init: str = ""
-    """Checkpoint whose weights the run starts from; tails of another scale start anew."""
+    """Checkpoint whose weights the run starts from; tails of another scale are resampled."""
     manual_seed: int = 0
     """Seed of initialisation and of every sample."""
 

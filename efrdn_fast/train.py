@@ -149,13 +149,19 @@ class Trainer:
 
 
 def _warm_start(net: EFRDN, source: str) -> None:
-    """Load the weights of `source`; the upsampling tails stay as they are at another scale."""
-    state = checkpoint.load(source).state_dict
-    own = net.state_dict()
+    """Load the weights of `source`; the upsampling tails of another scale are resampled.
+
+    The filters of an s x s block of pixels become those of another grid on the same block by
+    averaging, so that the start is the other network's result, enlarged or reduced.
+    """
+    stored = checkpoint.load(source)
+    state, own, then = stored.state_dict, net.state_dict(), stored.config["scale"]
     for key in ("reconstruct_deep.conv2", "reconstruct_shallow.conv"):
         for name in (f"{key}.weight", f"{key}.bias"):
-            if name in state and state[name].shape != own[name].shape:
-                state[name] = own[name]
+            if then != net.scale and name in state:
+                blocks = state[name].view(3, then, then, -1).permute(0, 3, 1, 2)
+                blocks = F.adaptive_avg_pool2d(blocks, net.scale)  # [3, taps, s, s]
+                state[name] = blocks.permute(0, 2, 3, 1).reshape(own[name].shape)
     checkpoint.load_into(net, state, source)
 
 
