@@ -1,7 +1,8 @@
 """Parameters and multiply-adds of a network, counted by running it on the meta device.
 
 Published convention: convolutions only, weight elements x output height x output width of every
-call. True count: linear layers and attention too. Biases, norms and activations count nowhere.
+call. True count: linear layers and attention too. Biases, norms and activations count nowhere,
+but the exponentials of softmax, which bound attention, and the elements that a block must move.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .blocks import BatchNorm
 from .config import EFRDNConfig
 from .model import EFRDN
-from .transformer import EMHA
+from .transformer import EMHA, TransformerBlock
 
 __all__ = ["LR_SIZES", "Cost", "count", "count_parameters"]
 
@@ -38,6 +39,11 @@ class Cost:
     """Multiply-adds of linear layers."""
     attention: int = 0
     """Multiply-adds of q k^T and of attention x v."""
+    exps: int = 0
+    """Exponentials of softmax."""
+    moved: int = 0
+    """Elements read and written at least where the part itself is one kernel (a transformer block:
+    four, see `_transformer_moves`): inputs, outputs, parameters. Not a sum over the parts."""
     calls: int = 0
     parts: list[Cost] = field(default_factory=list)
 
@@ -74,7 +80,7 @@ def count(config: EFRDNConfig, width: int | None = None, height: int | None = No
             module.forward = _unchanged  # half of the time of a forward pass on the meta device
     own: dict[str, list[int]] = {}
     hooks = [
-        module.register_forward_hook(_recorder(own.setdefault(name, [0, 0, 0, 0])))
+        module.register_forward_hook(_recorder(own.setdefault(name, [0] * 6)))
         for name, module in net.named_modules()
     ]
     try:
@@ -106,17 +112,33 @@ def _recorder(entry: list[int]):
             batch, tokens, _ = args[0].shape
             length = min(module.segment_length(tokens), tokens)
             whole, rest = divmod(tokens, length)
-            squares = whole * length**2 + rest**2
-            entry[3] += 2 * module.proj.in_features * batch * squares
+            squares = batch * (whole * length**2 + rest**2)
+            entry[3] += 2 * module.proj.in_features * squares
+            entry[4] += module.heads * squares
+        if isinstance(module, TransformerBlock):
+            entry[5] += _transformer_moves(module, out)
+        else:
+            maps = [out, *(arg for arg in args if isinstance(arg, Tensor))]
+            entry[5] += sum(map(Tensor.numel, maps)) + count_parameters(module)
 
     return record
 
 
+def _transformer_moves(block: TransformerBlock, out: Tensor) -> int:
+    """Elements that four kernels move: x -> qkv -> attention a; x, a -> hidden h; x, a, h -> y."""
+    n, channels, height, width = out.shape
+    inner, hidden = block.emha.proj.in_features, block.mlp.fc2.in_features
+    of_a_pixel = (channels + 3 * inner) + 4 * inner + (channels + inner + hidden)
+    of_a_pixel += 2 * channels + inner + hidden
+    return n * height * width * of_a_pixel + count_parameters(block)
+
+
 def _tree(prefix: str, name: str, module: nn.Module, own: dict[str, list[int]]) -> Cost:
-    calls, conv, linear, attention = own[prefix]
+    calls, conv, linear, attention, exps, moved = own[prefix]
     # Parameters held by the part itself, not by a part inside it.
     parameters = sum(p.numel() for p in module.parameters(recurse=False))
-    cost = Cost(name, type(module).__name__, parameters, conv, linear, attention, calls)
+    kind = type(module).__name__
+    cost = Cost(name, kind, parameters, conv, linear, attention, exps, moved, calls)
     for key, child in _children(module):
         part = _tree(f"{prefix}.{key}".lstrip("."), key, child, own)
         cost.parts.append(part)
@@ -124,6 +146,7 @@ def _tree(prefix: str, name: str, module: nn.Module, own: dict[str, list[int]]) 
         cost.conv += part.conv
         cost.linear += part.linear
         cost.attention += part.attention
+        cost.exps += part.exps
     return cost
 
 
