@@ -96,7 +96,7 @@ def _recorded(
         launcher(*tree_map(_meta, args))
     for i, launch in enumerate(launches):
         part = f" {i + 1}/{len(launches)}" if len(launches) > 1 else ""
-        matrix = "dot(" in launch.kernel.src or "_products(" in launch.kernel.src
+        matrix = re.search(r"\b(?:dot|products)\(", launch.kernel.src) is not None
         yield Kernel(name + part, launch, matrix)
 
 
@@ -106,17 +106,20 @@ def kernels() -> list[Kernel]:
     for dtype in DTYPES:
         short = str(dtype).removeprefix("torch.")
         for groups in (1, 2, 4, 8) if dtype == torch.float32 else (2,):
-            case = cases.GcrbCase(SHAPE, groups=groups)
-            found += _recorded(f"gcrb g={groups} {short}", gcrb.gcrb, case.args(dtype))
+            args = cases.GcrbCase(SHAPE, groups=groups).args(dtype)
+            found += _recorded(f"gcrb g={groups} {short}", gcrb.gcrb, args)
+            name = f"gcrb_backward g={groups} {short}"
+            found += _recorded(name, gcrb.gcrb_backward, (args[0], *args))
         for tf32 in (False, True) if dtype == torch.float32 else (False,):
             label = "tf32" if tf32 else short
             args = cases.AcrbCase(SHAPE, start=23).args(dtype)
             found += _recorded(f"acrb {label}", acrb.acrb, args, tf32)
+            name = f"acrb_backward {label}"
+            found += _recorded(name, acrb.acrb_backward, (args[0][:, :9], *args), tf32)
             for case in CONV3X3:
                 name = f"conv3x3 {'+'.join(map(str, case.sources))}->{case.cout} "
-                found += _recorded(
-                    f"{name}g={case.groups} {label}", conv3x3.conv3x3, case.args(dtype), tf32
-                )
+                name += f"g={case.groups} {label}"
+                found += _recorded(name, conv3x3.conv3x3, case.args(dtype), tf32)
     return found
 
 

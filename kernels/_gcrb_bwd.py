@@ -1,8 +1,8 @@
 """Backward of the folded GCRB: two kernels over the map and one that sums the weight gradients.
 
 Everything is recomputed from x. The first kernel streams like the forward one, masks the incoming
-gradient by the last ReLU and leaves g2, the gradient at the depthwise output (M channels in
-float32, one plane for each); the second takes it through the depthwise convolution and the squeeze.
+gradient by the last ReLU and leaves g2, the gradient at the depthwise output (`[N, H, W, M]`,
+float32); the second takes it through the depthwise convolution and the squeeze.
 Each program leaves one row of partial sums; the third kernel adds the rows in fixed order, so the
 gradients are the same in every run.
 """
@@ -27,6 +27,8 @@ from ._gcrb_tiles import (
     repeat,
     squeeze,
     squeeze_weights,
+    stack,
+    store_mids,
     store_pixel,
     sum_pixels,
 )
@@ -36,10 +38,10 @@ from ._reduce import sum_rows
 __all__ = ["gcrb_backward"]
 
 
-@triton.jit(do_not_specialize=["H", "W", "rows", "pixels"])
+@triton.jit(do_not_specialize=["H", "W", "rows"])
 def _gcrb_bwd_expand_kernel(
     grad_ptr, x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr, g2_ptr, partial_ptr,
-    H, W, rows, pixels, stride_gn, stride_gh, stride_xn, stride_xh,
+    H, W, rows, stride_gn, stride_gh, stride_xn, stride_xh,
     stride_gw: tl.constexpr, stride_xw: tl.constexpr,
     G: tl.constexpr, CG: tl.constexpr, MG: tl.constexpr,
     GP: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr,
@@ -56,7 +58,7 @@ def _gcrb_bwd_expand_kernel(
     x_row = x_ptr + n * stride_xn + (y0 - 1).to(tl.int64) * stride_xh + column * stride_xw + channel
     grad_row = grad_ptr + n * stride_gn + (y0 - 2).to(tl.int64) * stride_gh
     grad_row = grad_row + column * stride_gw + channel
-    g2_row = g2_ptr + (n * H + y0 - 2) * W + col + (g * MG).to(tl.int64) * pixels
+    g2_row = g2_ptr + ((n * H + y0 - 2) * W + col) * (G * MG) + g * MG
     w1, b1 = squeeze_weights(w1_ptr, b1_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
     w2, b2 = depthwise_weights(w2_ptr, b2_ptr, g, G, MG, MASKED)
     w3, b3 = expand_weights(w3_ptr, b3_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
@@ -88,6 +90,7 @@ def _gcrb_bwd_expand_kernel(
                 for h in tl.static_range(CHUNKS):
                     new_b3 += (grad_b3[h] + g3[h],)
                 new_b2 = ()
+                g2s = ()
                 for m in tl.static_range(MG):
                     a = done[i * MG + m]
                     products = g3[0] * w3[m * CHUNKS]
@@ -95,16 +98,17 @@ def _gcrb_bwd_expand_kernel(
                         products += g3[h] * w3[m * CHUNKS + h]
                     g2 = tl.where(a > 0, tl.sum(products, axis=1), 0.0)
                     new_b2 += (grad_b2[m] + g2,)
-                    tl.store(g2_row + (m * pixels + i), g2, mask=ok & (g < G))
+                    g2s += (g2,)
                     inner = tl.maximum(a, 0.0)[:, None]
                     for h in tl.static_range(CHUNKS):
                         new_w3 += (grad_w3[m * CHUNKS + h] + g3[h] * inner,)
+                store_mids(g2_row + i * G * MG, g2s, ok & (g < G), MG)
                 grad_w3 = new_w3
                 grad_b3 = new_b3
                 grad_b2 = new_b2
         x_row += stride_xh
         grad_row += stride_gh
-        g2_row += W
+        g2_row += W * (G * MG)
     # One row of partial sums: grad_w3 [C, MG], grad_b3 [C], grad_b2 [M].
     C: tl.constexpr = G * CG
     M: tl.constexpr = G * MG
@@ -123,21 +127,27 @@ def _gcrb_bwd_expand_kernel(
         tl.store(partial + C * MG + C + group * MG + m, total, mask=group < G)
 
 
-@triton.jit(do_not_specialize=["H", "W", "pixels"])
+@triton.jit(do_not_specialize=["H", "W", "rows"])
 def _gcrb_bwd_squeeze_kernel(
     grad_ptr, x_ptr, g2_ptr, w1_ptr, b1_ptr, w2_ptr, out_ptr, partial_ptr,
-    H, W, pixels, stride_gn, stride_gh, stride_xn, stride_xh, stride_on, stride_oh,
+    H, W, rows, stride_gn, stride_gh, stride_xn, stride_xh, stride_on, stride_oh,
     stride_gw: tl.constexpr, stride_xw: tl.constexpr, stride_ow: tl.constexpr,
     G: tl.constexpr, CG: tl.constexpr, MG: tl.constexpr,
-    GP: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr,
-    Q: tl.constexpr, TURNS: tl.constexpr,
+    GP: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     MASKED: tl.constexpr = (G != GP) or (CG != K * CHUNKS)
     R: tl.constexpr = Q * GP
+    n, y0, x0 = strip(tl.program_id(0), W, H, rows, Q)
     row = tl.arange(0, R)
     g = row % GP
+    col = x0 + row // GP
     channel = g[:, None] * CG + tl.arange(0, K)[None, :]
-    plane = (g * MG).to(tl.int64) * pixels
+    column = col[:, None].to(tl.int64)
+    top = y0.to(tl.int64)
+    x_row = x_ptr + n * stride_xn + top * stride_xh + column * stride_xw + channel
+    grad_row = grad_ptr + n * stride_gn + top * stride_gh + column * stride_gw + channel
+    out_row = out_ptr + n * stride_on + top * stride_oh + column * stride_ow + channel
+    g2_row = g2_ptr + ((n * H + y0) * W + col) * (G * MG) + g * MG
     w1, b1 = squeeze_weights(w1_ptr, b1_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
     w2, _ = depthwise_weights(w2_ptr, b1_ptr, g, G, MG, MASKED)
     zero = tl.zeros((R,), tl.float32)
@@ -145,52 +155,47 @@ def _gcrb_bwd_squeeze_kernel(
     grad_w1 = repeat(zeros, MG * CHUNKS)
     grad_b1 = repeat(zero, MG)
     grad_w2 = repeat(zero, MG * 9)
-    first = tl.program_id(0).to(tl.int64) * (Q * TURNS) + row // GP
-    for turn in range(TURNS):
-        pixel = first + turn * Q
-        ok = (pixel < pixels) & (g < G)
-        n = pixel // (H * W)
-        y = (pixel // W % H).to(tl.int32)
-        col = (pixel % W).to(tl.int32)
-        at = n * stride_xn + y.to(tl.int64) * stride_xh + col.to(tl.int64) * stride_xw
-        x = load_pixel(x_ptr + at[:, None] + channel, ok, g, G, CG, K, CHUNKS, MASKED)
-        at = n * stride_gn + y.to(tl.int64) * stride_gh + col.to(tl.int64) * stride_gw
-        grad = load_pixel(grad_ptr + at[:, None] + channel, ok, g, G, CG, K, CHUNKS, MASKED)
+    ok = (col < W) & (g < G)
+    for r in range(y0, tl.minimum(y0 + rows, H)):
+        x = load_pixel(x_row, ok, g, G, CG, K, CHUNKS, MASKED)
         mids = squeeze(x, w1, b1, ok, MG, CHUNKS)
-        # Output pixel (y - dy, col - dx) saw this one through tap (dy, dx).
-        inside = ()
+        back = repeat(zero, MG)
+        new_w2 = ()
         for t in tl.static_range(9):
-            near_y = y - (t // 3 - 1)
-            near_x = col - (t % 3 - 1)
-            inside += (ok & (near_y >= 0) & (near_y < H) & (near_x >= 0) & (near_x < W),)
+            # Output pixel (r - dy, col - dx) saw this one through tap (dy, dx).
+            near = col - (t % 3 - 1)
+            inside = ok & (near >= 0) & (near < W) & (r >= t // 3 - 1) & (r - (t // 3 - 1) < H)
+            pointers = g2_row - ((t // 3 - 1) * W + (t % 3 - 1)) * (G * MG)
+            sums = ()
+            for m in tl.static_range(MG):
+                g2 = tl.load(pointers + m, mask=inside, other=0.0)
+                sums += (back[m] + g2 * w2[m][t],)
+                new_w2 += (grad_w2[t * MG + m] + g2 * mids[m],)
+            back = sums
+        grad_w2 = new_w2
         g1 = ()
         new_w1 = ()
         new_b1 = ()
-        new_w2 = ()
         for m in tl.static_range(MG):
-            back = zero
-            for t in tl.static_range(9):
-                near = g2_ptr + plane + (m * pixels + pixel - ((t // 3 - 1) * W + (t % 3 - 1)))
-                g2 = tl.load(near, mask=inside[t], other=0.0)
-                back += g2 * w2[m][t]
-                new_w2 += (grad_w2[m * 9 + t] + g2 * mids[m],)
-            back = tl.where(mids[m] > 0, back, 0.0)
-            g1 += (back,)
-            new_b1 += (grad_b1[m] + back,)
+            each = tl.where(mids[m] > 0, back[m], 0.0)
+            g1 += (each,)
+            new_b1 += (grad_b1[m] + each,)
             for h in tl.static_range(CHUNKS):
-                product = back[:, None] * x[h].to(tl.float32)
-                new_w1 += (grad_w1[m * CHUNKS + h] + product,)
+                new_w1 += (grad_w1[m * CHUNKS + h] + each[:, None] * x[h].to(tl.float32),)
         grad_w1 = new_w1
         grad_b1 = new_b1
-        grad_w2 = new_w2
+        grad = load_pixel(grad_row, ok, g, G, CG, K, CHUNKS, MASKED)
         out = ()
         for h in tl.static_range(CHUNKS):
             total = grad[h].to(tl.float32)
             for m in tl.static_range(MG):
                 total += g1[m][:, None] * w1[m * CHUNKS + h]
             out += (total,)
-        at = n * stride_on + y.to(tl.int64) * stride_oh + col.to(tl.int64) * stride_ow
-        store_pixel(out_ptr + at[:, None] + channel, out, ok, g, G, CG, K, CHUNKS, MASKED)
+        store_pixel(out_row, out, ok, g, G, CG, K, CHUNKS, MASKED)
+        x_row += stride_xh
+        grad_row += stride_gh
+        out_row += stride_oh
+        g2_row += W * (G * MG)
     # One row of partial sums: grad_w1 [M, CG], grad_b1 [M], grad_w2 [M, 9].
     M: tl.constexpr = G * MG
     partial = partial_ptr + tl.program_id(0).to(tl.int64) * (M * CG + M + M * 9)
@@ -202,26 +207,38 @@ def _gcrb_bwd_squeeze_kernel(
             mask = (group < G)[:, None] & (c < CG)[None, :]
             total = sum_pixels(grad_w1[m * CHUNKS + h], Q, GP)
             tl.store(partial + mid[:, None] * CG + c[None, :], total, mask=mask)
-        tl.store(partial + M * CG + mid, sum_pixels(grad_b1[m], Q, GP), mask=group < G)
-        for t in tl.static_range(9):
-            total = sum_pixels(grad_w2[m * 9 + t], Q, GP)
-            tl.store(partial + M * CG + M + mid * 9 + t, total, mask=group < G)
+        taps = ()
+        for t in tl.static_range(8):
+            taps += (grad_w2[t * MG + m],)
+        pointers = partial + M * CG + M + mid[:, None] * 9 + tl.arange(0, 8)[None, :]
+        tl.store(pointers, sum_pixels(stack(taps, 0, 8), Q, GP), mask=(group < G)[:, None])
+    last = grad_w2[8 * MG : 9 * MG] + grad_b1
+    for i in tl.static_range(2 * MG // 8):
+        k = i * 8 + tl.arange(0, 8)
+        mid = group[:, None] * MG + (k % MG)[None, :]
+        column = tl.where((k < MG)[None, :], M + mid * 9 + 8, mid)
+        total = sum_pixels(stack(last, i * 8, 8), Q, GP)
+        tl.store(partial + M * CG + column, total, mask=(group < G)[:, None])
+    for i in tl.static_range(2 * MG // 8 * 8, 2 * MG):
+        mid = group * MG + i % MG
+        column = mid if i >= MG else M + mid * 9 + 8
+        tl.store(partial + M * CG + column, sum_pixels(last[i], Q, GP), mask=group < G)
 
 
 def _config(x: Tensor, mid: int, groups: int, tiles: dict[str, int]) -> dict[str, Any]:
-    """Launch config of both kernels: PX, Q, rows, TURNS (steps of Q pixels), num_warps."""
+    """Launch config of both kernels: PX (of the first), Q, rows, num_warps; see `gcrb`."""
     n, c, h, w = x.shape
     name = str(x.dtype).removeprefix("torch.")
     tuned = _configs.lookup("gcrb_backward", f"{name}-C{c}-M{mid}-G{groups}", n * h * w, x.device)
     if tuned is not None:
         return tuned
     lanes = max(1, tiles["K"] // (16 // x.element_size()))
-    config = {"PX": 1 if tiles["MG"] > 2 else 2, "Q": max(1, 128 // (tiles["GP"] * lanes))}
-    warps = 8 * _configs.processors(x.device)  # of each kernel, at least
-    rows = n * triton.cdiv(w, config["Q"] * config["PX"]) * 4 * h // warps
-    turns = n * h * w * 4 // (config["Q"] * warps)
-    turns = 2 ** (min(max(turns, 2), 16).bit_length() - 1)  # few variants to compile
-    return config | {"rows": min(max(rows, 2), 32), "TURNS": turns, "num_warps": 4}
+    # With 8 inner channels in a group, only a quarter of the channels of a pixel fit in a thread.
+    threads = 128 if tiles["MG"] <= 4 else 32
+    config = {"PX": 1 if tiles["MG"] > 2 else 2, "Q": max(1, threads // (tiles["GP"] * lanes))}
+    strips = n * triton.cdiv(w, config["Q"]) * 4
+    rows = strips * h // (8 * _configs.processors(x.device))
+    return config | {"rows": min(max(rows, 2), 32), "num_warps": 4}
 
 
 def gcrb_backward(
@@ -238,32 +255,32 @@ def gcrb_backward(
     """Launcher of `efrdn_fast::gcrb_backward`; arguments are valid."""
     x, grad_y = readable(x), readable(grad_y)
     n, c, h, w = x.shape
-    mid, pixels = w1.shape[0], n * h * w
+    mid = w1.shape[0]
     tiles = group_tiles(c, mid, groups, x.dtype)
     config = dict(_config(x, mid, groups, tiles))
-    rows, px, turns, q = (config.pop(k) for k in ("rows", "PX", "TURNS", "Q"))
+    rows, px, q = (config.pop(k) for k in ("rows", "PX", "Q"))
     params = [each.contiguous() for each in (w1, b1, w2, b2, w3, b3)]
     (gn, gh, gw), (xn, xh, xw) = map_strides(grad_y), map_strides(x)
     new = x.new_empty
-    g2 = new((mid, pixels), dtype=torch.float32)
+    g2 = new((n, h, w, mid), dtype=torch.float32)
     programs = n * triton.cdiv(h, rows) * triton.cdiv(w, q * px)
     expanded = new((programs, c * tiles["MG"] + c + mid), dtype=torch.float32)
     launch(
         _gcrb_bwd_expand_kernel,
         programs,
-        *(grad_y, x, *params, g2, expanded, h, w, rows, pixels, gn, gh, xn, xh, gw, xw),
+        *(grad_y, x, *params, g2, expanded, h, w, rows, gn, gh, xn, xh, gw, xw),
         **(tiles | config | {"PX": px, "Q": q}),
     )
     grad_x = empty_map(x, c)
     on, oh, ow = map_strides(grad_x)
-    programs = triton.cdiv(pixels, q * turns)
+    programs = n * triton.cdiv(h, rows) * triton.cdiv(w, q)
     squeezed = new((programs, mid * tiles["CG"] + mid * 10), dtype=torch.float32)
     launch(
         _gcrb_bwd_squeeze_kernel,
         programs,
-        *(grad_y, x, g2, params[0], params[1], params[2], grad_x, squeezed, h, w, pixels),
+        *(grad_y, x, g2, params[0], params[1], params[2], grad_x, squeezed, h, w, rows),
         *(gn, gh, xn, xh, on, oh, gw, xw, ow),
-        **(tiles | config | {"Q": q, "TURNS": turns}),
+        **(tiles | config | {"Q": q}),
     )
     grad_w1, grad_b1, grad_w2, grad_b2, grad_w3, grad_b3 = (
         torch.empty_like(each, memory_format=torch.contiguous_format) for each in params

@@ -25,6 +25,8 @@ __all__ = [
     "repeat",
     "squeeze",
     "squeeze_weights",
+    "stack",
+    "store_mids",
     "store_pixel",
     "sum_pixels",
 ]
@@ -186,6 +188,28 @@ def store_pixel(pointers, values, ok, g, G: tl.constexpr, CG: tl.constexpr, K: t
         if MASKED:
             mask = mask & (g < G)[:, None] & (h * K + tl.arange(0, K) < CG)[None, :]
         tl.store(pointers + h * K, values[h].to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def stack(values, first: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT (2, 4 or 8) vectors `[R]` from `first` on as one tile: one exchange, not COUNT."""
+    half = ()
+    for i in tl.static_range(COUNT // 2):
+        half += (tl.join(values[first + i], values[first + i + COUNT // 2]),)
+    if COUNT == 8:
+        half = (tl.join(half[0], half[2]), tl.join(half[1], half[3]))
+    tile = half[0] if COUNT == 2 else tl.join(half[0], half[1])
+    return tile.reshape(values[first].shape[0], COUNT)
+
+
+@triton.jit
+def store_mids(row, values, ok, MG: tl.constexpr):
+    """Store the MG inner values of each row of a tile side by side."""
+    if MG == 2 or MG == 4 or MG == 8:
+        tl.store(row[:, None] + tl.arange(0, MG)[None, :], stack(values, 0, MG), mask=ok[:, None])
+    else:
+        for m in tl.static_range(MG):
+            tl.store(row + m, values[m], mask=ok)
 
 
 @triton.jit

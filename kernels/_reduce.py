@@ -50,13 +50,16 @@ def _sum_rows_kernel(
         _sum_block(partial_b, rows_b, outs_b, col, SIZES_B, STARTS_B, STEP, BLOCK)
 
 
-def sum_rows(a: Tensor, outs_a: Sequence[Tensor], b: Tensor, outs_b: Sequence[Tensor]) -> None:
-    """Sum the rows of two tables, float32 `[rows, columns]`, in one launch.
+def sum_rows(
+    a: Tensor, outs_a: Sequence[Tensor], b: Tensor | None = None, outs_b: Sequence[Tensor] = ()
+) -> None:
+    """Sum the rows of one or two tables, float32 `[rows, columns]`, in one launch.
 
     Args:
         a, b: The tables.
         outs_a, outs_b: Contiguous tensors that the columns fill one after the other.
     """
+    b = a if b is None else b
     sizes = [tuple(out.numel() for out in outs) for outs in (outs_a, outs_b)]
     blocks = [triton.cdiv(sum(each), BLOCK) for each in sizes]
     launch(

@@ -27,7 +27,17 @@ from . import _configs
 from . import reference as _reference
 from ._launch import dot, empty_map, launch, map_strides, readable, relu, strip
 
-__all__ = ["conv3x3", "convolve"]
+__all__ = [
+    "Source",
+    "conv3x3",
+    "convolve",
+    "fits",
+    "load_window",
+    "parts",
+    "products",
+    "window",
+    "window_pointers",
+]
 
 MAX_SOURCES = 4
 MAX_CHANNELS = {2: 128, 4: 80}
@@ -55,18 +65,18 @@ class Source(NamedTuple):
 
 
 @triton.jit
-def _parts(x, SPLIT: tl.constexpr):
-    """x, or with SPLIT its leading bits that TF32 keeps and the rest."""
+def parts(x, SPLIT: tl.constexpr):
+    """(x,), or with SPLIT its leading bits that TF32 keeps and the rest."""
     if SPLIT:
         high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        parts = (high, x - high)
+        out = (high, x - high)
     else:
-        parts = (x,)
-    return parts
+        out = (x,)
+    return out
 
 
 @triton.jit
-def _products(x, w, acc, SPLIT: tl.constexpr):
+def products(x, w, acc, SPLIT: tl.constexpr):
     if SPLIT:
         acc = dot(x[1], w[0], acc)
         acc = dot(x[0], w[1], acc)
@@ -74,7 +84,7 @@ def _products(x, w, acc, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _window_pointers(x_row, column, block, SOURCES: tl.constexpr, s: tl.constexpr):
+def window_pointers(x_row, column, block, SOURCES: tl.constexpr, s: tl.constexpr):
     """Pointers `[Q, PADDED]` of the pixels in `column` (`[Q, 1]`) of a row."""
     PADDED: tl.constexpr = SOURCES[s][1]
     STRIDE: tl.constexpr = SOURCES[s][6]
@@ -103,12 +113,12 @@ def _taps(w_ptr, out_channel, block, stride_wo, stride_wi, stride_wy, stride_wx,
     taps = ()
     for t in tl.static_range(9):
         tap = pointers + ((t // 3) * stride_wy + (t % 3) * stride_wx)
-        taps += (_parts(tl.load(tap, mask=mask, other=0.0).to(dtype), SPLIT),)
+        taps += (parts(tl.load(tap, mask=mask, other=0.0).to(dtype), SPLIT),)
     return taps
 
 
 @triton.jit
-def _load_window(pointers, inside, SOURCES: tl.constexpr, s: tl.constexpr, offset: tl.constexpr):
+def load_window(pointers, inside, SOURCES: tl.constexpr, s: tl.constexpr, offset: tl.constexpr):
     """Channels of one pixel, `[Q, PADDED]`; zero: those not wanted and pixels not `inside`."""
     CHANNELS: tl.constexpr = SOURCES[s][0]
     PADDED: tl.constexpr = SOURCES[s][1]
@@ -132,7 +142,7 @@ def _conv3x3_kernel(
     stride_wo, stride_wi, stride_wy, stride_wx, stride_rn, stride_rh, stride_yn, stride_yh,
     stride_rw: tl.constexpr, stride_yw: tl.constexpr, SOURCES: tl.constexpr,
     COUNT: tl.constexpr, CIN: tl.constexpr, COUT: tl.constexpr, GROUPS: tl.constexpr,
-    RELU: tl.constexpr, SPLIT: tl.constexpr, LEAD: tl.constexpr,
+    RELU: tl.constexpr, GATE: tl.constexpr, SPLIT: tl.constexpr, LEAD: tl.constexpr,
     PX: tl.constexpr, Q: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -147,7 +157,7 @@ def _conv3x3_kernel(
     taps = ()
     for s in tl.static_range(COUNT):
         x_row = xs[s] + n * strides_x[s][0] + (y0 - 1).to(tl.int64) * strides_x[s][1]
-        x_rows += (_window_pointers(x_row, column, block, SOURCES, s),)
+        x_rows += (window_pointers(x_row, column, block, SOURCES, s),)
         taps += (_taps(w_ptr, out_channel, block, stride_wo, stride_wi, stride_wy, stride_wx,
                        SOURCES, s, CIN, COUT, GROUPS, dtype, SPLIT),)  # fmt: skip
     y_row = y_ptr + n * stride_yn + (y0 - 2).to(tl.int64) * stride_yh
@@ -171,13 +181,13 @@ def _conv3x3_kernel(
         for j in tl.static_range(PX + 2):
             inside = (r >= 0) & (r < H) & (col + (j - 1) >= 0) & (col + (j - 1) < W)
             for s in tl.static_range(COUNT):
-                x = _load_window(x_rows[s], inside, SOURCES, s, j - 1)
-                x = _parts(x, SPLIT)
+                x = load_window(x_rows[s], inside, SOURCES, s, j - 1)
+                x = parts(x, SPLIT)
                 added = ()
                 for a in tl.static_range(3 * PX):
                     if (j - a % PX >= 0) and (j - a % PX <= 2):
                         tap = taps[s][(2 - a // PX) * 3 + (j - a % PX)]
-                        added += (_products(x, tap, sums[a], SPLIT),)
+                        added += (products(x, tap, sums[a], SPLIT),)
                     else:
                         added += (sums[a],)
                 sums = added
@@ -193,7 +203,10 @@ def _conv3x3_kernel(
                 if r_ptr is not None:
                     mask = ok if LEAD > 0 else wanted
                     residual = tl.load(r_row + i * stride_rw, mask=mask, other=0.0)
-                    out += residual.to(tl.float32)
+                    if GATE:
+                        out = tl.where(out > 0, residual.to(tl.float32), 0.0)
+                    else:
+                        out += residual.to(tl.float32)
                 tl.store(y_row + i * stride_yw, out.to(dtype), mask=wanted)
         carried = sums[PX : 3 * PX]
         moved = ()
@@ -205,7 +218,7 @@ def _conv3x3_kernel(
             r_row += stride_rh
 
 
-def _window(x: Tensor, first: int, step: int) -> tuple[Tensor, Source]:
+def window(x: Tensor, first: int, step: int) -> tuple[Tensor, Source]:
     """How to read the channels of `x`: from an aligned window where memory around them allows.
 
     A masked load of 9 channels at an odd offset moves single elements; a window of 16 channels
@@ -221,8 +234,8 @@ def _window(x: Tensor, first: int, step: int) -> tuple[Tensor, Source]:
         extents = ((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
         last = base + sum(extents) - (c - 1) * x.stride(1) + padded
         if last <= x.untyped_storage().nbytes() // x.element_size():
-            window = x.as_strided(x.shape, x.stride(), base)
-            return window, Source(c, padded, start - begin, 1, first, step, stride_w, 0)
+            around = x.as_strided(x.shape, x.stride(), base)
+            return around, Source(c, padded, start - begin, 1, first, step, stride_w, 0)
     return x, Source(c, padded, 0, int(c == padded), first, step, stride_w, 0)
 
 
@@ -275,11 +288,19 @@ def convolve(
     groups: int = 1,
     relu: bool = False,
     interleaved: bool = False,
+    gate: bool = False,
+    transpose: bool = False,
 ) -> None:
-    """`conv3x3` written into `out`, any map whose channels are adjacent in memory."""
+    """`conv3x3` written into `out`, any map whose channels are adjacent in memory.
+
+    Args:
+        gate: Write the residual where the convolution is positive, zero elsewhere.
+        transpose: Correlate with the weight turned round, input and output channels exchanged:
+            the gradient of the input.
+    """
     bases, sources, cin = [], [], 0
     for s, x in enumerate(xs):
-        base, source = _window(readable(x), *((s, 2) if interleaved else (cin, 1)))
+        base, source = window(readable(x), *((s, 2) if interleaved else (cin, 1)))
         bases.append(base)
         sources.append(source)
         cin += x.shape[1]
@@ -297,11 +318,15 @@ def convolve(
     if residual is not None:
         # An aligned window again, where it holds all channels: then sums are numbered like it.
         residual = readable(residual)
-        base, window = _window(residual, 0, 1)
-        if window.whole and window.padded == config["NB"]:
-            residual, lead = base, window.lead
+        base, source = window(residual, 0, 1)
+        if source.whole and source.padded == config["NB"]:
+            residual, lead = base, source.lead
         rn, rh, rw = map_strides(residual)
     yn, yh, yw = map_strides(out)
+    strides = weight.stride()
+    if transpose:
+        weight = weight[:, :, 2:, 2:]
+        strides = (strides[1], strides[0], -strides[2], -strides[3])
     launch(
         _conv3x3_kernel,
         n
@@ -310,7 +335,7 @@ def convolve(
         * triton.cdiv(cout, config["NB"]),
         tuple(bases),
         tuple(map_strides(base)[:2] for base in bases),
-        *(weight, bias, residual, out, h, w, rows, *weight.stride()),
+        *(weight, bias, residual, out, h, w, rows, *strides),
         *(rn, rh, yn, yh, rw, yw),
         SOURCES=tuple(map(tuple, sources)),
         COUNT=len(sources),
@@ -318,10 +343,24 @@ def convolve(
         COUT=cout,
         GROUPS=groups,
         RELU=relu,
+        GATE=gate,
         SPLIT=split,
         LEAD=lead,
         **config,
     )
+
+
+def fits(xs: Sequence[Tensor]) -> bool:
+    """Whether the kernels take these sources; a warning says it once where they do not."""
+    limit = MAX_CHANNELS[xs[0].element_size()]
+    width = sum(max(16, triton.next_power_of_2(x.shape[1])) for x in xs)
+    if len(xs) <= MAX_SOURCES and width <= limit:
+        return True
+    warnings.warn(
+        f"the triton 3x3 convolution takes up to {MAX_SOURCES} maps of together {limit} channels, "
+        f"got {[x.shape[1] for x in xs]}; PyTorch's convolution serves"
+    )
+    return False
 
 
 def conv3x3(
@@ -337,15 +376,8 @@ def conv3x3(
 
     Wider inputs than the network's, whose weights do not fit on chip, go to PyTorch's convolution.
     """
-    x = xs[0]
-    width = sum(max(16, triton.next_power_of_2(each.shape[1])) for each in xs)
-    if len(xs) > MAX_SOURCES or width > MAX_CHANNELS[x.element_size()]:
-        warnings.warn(
-            f"conv3x3: the triton kernel takes {MAX_SOURCES} maps of together "
-            f"{MAX_CHANNELS[x.element_size()]} channels, got {[e.shape[1] for e in xs]}; "
-            "PyTorch's convolution serves"
-        )
+    if not fits(xs):
         return _reference.conv3x3(xs, weight, bias, residual, groups, relu, interleaved)
-    out = empty_map(x, weight.shape[0])
+    out = empty_map(xs[0], weight.shape[0])
     convolve(xs, weight, bias, residual, out, groups=groups, relu=relu, interleaved=interleaved)
     return out
