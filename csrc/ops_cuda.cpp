@@ -2,9 +2,12 @@
 // checked again here.
 #include "ops_cuda.h"
 
+#include <optional>
 #include <tuple>
+#include <vector>
 
 #include "acrb.h"
+#include "conv3x3.h"
 #include "gcrb.h"
 #include "gcrb_train.h"
 
@@ -277,6 +280,67 @@ std::tuple<Tensor, Tensor, Tensor> acrb_backward(Tensor grad_y, Tensor x, Tensor
   return {grad_x, as_dtype(grad_weight, weight_dtype), as_dtype(grad_bias, bias_dtype)};
 }
 
+// One map in the place of more sources than the kernel takes.
+Tensor concatenate(const std::vector<Tensor>& xs, int64_t channels) {
+  Tensor joined = empty_nhwc(xs[0], channels);
+  int64_t start = 0;
+  for (const Tensor& x : xs) {
+    Tensor place = torch::stable::narrow(joined, 1, start, x.size(1));
+    torch::stable::copy_(place, x);
+    start += x.size(1);
+  }
+  return joined;
+}
+
+Tensor conv3x3(std::vector<Tensor> xs, Tensor weight, std::optional<Tensor> bias,
+               std::optional<Tensor> residual, int64_t groups, bool relu, bool interleaved,
+               bool tf32) {
+  const char* op = "conv3x3_cuda";
+  STD_TORCH_CHECK(!xs.empty(), op, ": xs must hold at least one map");
+  const DeviceGuard guard(xs[0].get_device_index());
+  Conv3x3Params p{};
+  for (const Tensor& x : xs) {
+    check_beside(op, "every map of xs", x, xs[0]);
+    p.cin += x.size(1);
+  }
+  STD_TORCH_CHECK(!interleaved || (xs.size() == 2 && xs[0].size(1) == xs[1].size(1)), op,
+                  ": interleaved takes two maps of as many channels, got ", xs.size(), " maps");
+  p.dtype = dtype_of(op, xs[0]);
+  p.tf32 = tf32;
+  p.n = xs[0].size(0);
+  p.h = xs[0].size(2);
+  p.w = xs[0].size(3);
+  p.cout = weight.size(0);
+  p.groups = groups;
+  STD_TORCH_CHECK(groups > 0 && p.cin % groups == 0 && p.cout % groups == 0, op,
+                  ": groups=", groups, " must divide Cin=", p.cin, " and Cout=", p.cout);
+  STD_TORCH_CHECK(
+      weight.numel() == p.cout * (p.cin / groups) * 9 && (!bias || bias->numel() == p.cout), op,
+      ": weight must be [", p.cout, ", ", p.cin / groups, ", 3, 3] and bias [", p.cout, "]");
+  if (xs.size() > Conv3x3Params::kMaxSources) xs = {concatenate(xs, p.cin)};
+  int64_t end = 0;
+  for (Tensor& x : xs) {
+    x = nhwc(x);
+    p.x[p.sources] = map_of(x);
+    p.end[p.sources++] = end += x.size(1);
+  }
+  p.interleaved = interleaved;
+  p.weight_dtype = bias ? unite(op, xs[0], {&weight, &*bias}) : unite(op, xs[0], {&weight});
+  p.weight = weight.const_data_ptr();
+  p.bias = bias ? bias->const_data_ptr() : nullptr;
+  p.relu = relu;
+  if (residual) {
+    check_beside(op, "residual", *residual, xs[0]);
+    check_slice(op, "residual", *residual, 0, p.cout);
+    *residual = nhwc(*residual);
+    p.residual = map_of(*residual);
+  }
+  Tensor y = empty_nhwc(xs[0], p.cout);
+  p.y = map_of(y);
+  check_launch(op, launch_conv3x3_fwd(p, current_stream(xs[0])));
+  return y;
+}
+
 }  // namespace
 }  // namespace efrdn_fast
 
@@ -304,6 +368,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efrdn_fast_ext, m) {
   m.def(
       "acrb_backward_cuda(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, int start) -> "
       "(Tensor, Tensor, Tensor)");
+  m.def(
+      "conv3x3_cuda(Tensor[] xs, Tensor weight, Tensor? bias, Tensor? residual, int groups, "
+      "bool relu, bool interleaved, bool tf32) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efrdn_fast_ext, CUDA, m) {
@@ -314,4 +381,5 @@ STABLE_TORCH_LIBRARY_IMPL(efrdn_fast_ext, CUDA, m) {
   m.impl("acrb_cuda", TORCH_BOX(&efrdn_fast::acrb));
   m.impl("acrb_out_cuda", TORCH_BOX(&efrdn_fast::acrb_out));
   m.impl("acrb_backward_cuda", TORCH_BOX(&efrdn_fast::acrb_backward));
+  m.impl("conv3x3_cuda", TORCH_BOX(&efrdn_fast::conv3x3));
 }

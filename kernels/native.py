@@ -20,6 +20,7 @@ __all__ = [
     "acrb_cuda",
     "acrb_out_cpu",
     "acrb_out_cuda",
+    "conv3x3_cuda",
     "gcrb_backward_cpu",
     "gcrb_backward_cuda",
     "gcrb_cpu",
@@ -91,3 +92,7 @@ def acrb_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
 
 def acrb_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     return _op("acrb_backward_cuda")(*args)
+
+
+def conv3x3_cuda(*args: Any) -> Tensor:
+    return _op("conv3x3_cuda")(*args, torch.backends.cudnn.allow_tf32)

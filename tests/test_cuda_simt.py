@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +34,18 @@ def _toolchain() -> None:
         pytest.skip(f"not installed: {', '.join(missing)}")
     for name in ("selftest", "runner"):
         simt.executable(name)
+
+
+def test_binding():
+    """Every op of ops_cuda.cpp, from Python to the kernels and back."""
+    root = Path(torch.__file__).parent / "include"
+    flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", f"-isystem{root}"]
+    library = simt.binding(flags)
+    check = Path(__file__).parent / "simt" / "check_binding.py"
+    command = [sys.executable, str(check), str(library)]
+    environment = {**os.environ, "PYTHONPATH": str(check.parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def selftest(kernel: str, order: str = "forward"):

@@ -8,6 +8,10 @@
 #include <cstdio>
 #include <cstdlib>
 
+#ifndef __SANITIZE_ADDRESS__
+#error "build with -fsanitize=address: guard zones are its"
+#endif
+
 namespace simt {
 
 inline constexpr size_t kGuardBytes = 1 << 20;

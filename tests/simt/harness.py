@@ -17,17 +17,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Sparse", "cuda_include", "executable", "execute", "run"]
+__all__ = ["DTYPES", "Sparse", "binding", "cuda_include", "executable", "execute", "run"]
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Values of `efrdn_fast::Dtype`."""
 FLAGS = [
-    *("-std=c++17", "-O1", "-g1", "-fno-strict-aliasing", "-DEFRDN_FAST_SIMT"),
+    *("-std=c++17", "-O1", "-fno-strict-aliasing", "-DEFRDN_FAST_SIMT"),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"),
+]
+SANITIZE = [
+    "-g1",
     "-fsanitize=address,bounds,alignment,shift,signed-integer-overflow",
     "-fno-sanitize-recover=all",
-    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"),
 ]
 
 
@@ -52,14 +55,18 @@ def cuda_include() -> Path | None:
     return next((c for c in candidates if (c / "cuda_fp16.h").exists()), None)
 
 
+def _cache() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"efrdn_fast_simt_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 def _compile(command: Sequence[str], inputs: Sequence[Path], output: str) -> Path:
     """Run `command -o <file>` unless the result of the same command and inputs is there."""
     digest = hashlib.sha256(repr(command).encode())
     for path in inputs:
         digest.update(path.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"efrdn_fast_simt_{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    target = folder / f"{digest.hexdigest()[:16]}_{output}"
+    target = _cache() / f"{digest.hexdigest()[:16]}_{output}"
     if not target.exists():
         part = target.with_suffix(f".{os.getpid()}.part")
         done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
@@ -68,21 +75,61 @@ def _compile(command: Sequence[str], inputs: Sequence[Path], output: str) -> Pat
     return target
 
 
+def _included(source: Path, found: dict[str, Path]) -> dict[str, Path]:
+    """`found` and the project's own headers that `source` includes, directly or not."""
+    for name in re.findall(r'#include "([\w.]+)"', source.read_text()):
+        if name not in found:
+            found[name] = next(f / name for f in (HERE, CSRC) if (f / name).exists())
+            _included(found[name], found)
+    return found
+
+
+def _objects(sources: Sequence[Path], flags: Sequence[str]) -> list[Path]:
+    out = []
+    for source in sources:
+        headers = _included(source, {})
+        inputs = [source, *(headers[name] for name in sorted(headers))]
+        command = ["g++", *flags, "-x", "c++", "-c", str(source)]
+        out.append(_compile(command, inputs, f"{source.stem}.o"))
+    return out
+
+
+def _flags() -> list[str]:
+    include = cuda_include()
+    assert include, "no CUDA headers: neither nvcc nor torch's nvidia wheels are installed"
+    return [*FLAGS, f"-I{HERE}", f"-I{CSRC}", f"-isystem{include}"]
+
+
 @functools.cache
 def executable(name: str) -> Path:
     """Build `runner` (every kernel of csrc/) or `selftest`; objects are cached by content."""
-    include = cuda_include()
-    assert include, "no CUDA headers: neither nvcc nor torch's nvidia wheels are installed"
-    flags = [*FLAGS, f"-I{include}", f"-I{HERE}", f"-I{CSRC}"]
-    headers = sorted([*HERE.glob("*.h"), *CSRC.glob("*.h"), *CSRC.glob("*.cuh")])
+    flags = [*_flags(), *SANITIZE]
     sources = [HERE / "selftest.cu"]
     if name == "runner":
         sources = [HERE / "runner.cpp", *sorted(CSRC.glob("*.cu"))]
-    objects = [
-        _compile(["g++", *flags, "-x", "c++", "-c", str(s)], [s, *headers], f"{s.stem}.o")
-        for s in sources
-    ]
+    objects = _objects(sources, flags)
     return _compile(["g++", *flags, *map(str, objects)], objects, name)
+
+
+def binding(torch_flags: Sequence[str]) -> Path:
+    """Build the library of the CUDA ops so that it takes CPU tensors and runs kernels as fibers.
+
+    Not sanitized. Only the dispatch key in ops_cuda.cpp differs from the real library.
+    """
+    flags = [*_flags(), "-fPIC"]
+    source = (CSRC / "ops_cuda.cpp").read_text()
+    key = "STABLE_TORCH_LIBRARY_IMPL(efrdn_fast_ext, {}, m)"
+    assert key.format("CUDA") in source
+    source = source.replace(key.format("CUDA"), key.format("CPU"))
+    moved = _cache() / f"ops_cuda_{hashlib.sha256(source.encode()).hexdigest()[:16]}.cpp"
+    part = moved.with_suffix(f".{os.getpid()}.part")
+    part.write_text(source)
+    part.rename(moved)
+    bindings = _objects([moved, HERE / "no_device.cpp"], [*flags, *torch_flags])
+    objects = [*_objects(sorted(CSRC.glob("*.cu")), flags), *bindings]
+    link = ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects)]
+    root = Path(torch.__file__).parent
+    return _compile([*link, f"-L{root / 'lib'}", "-ltorch_cpu"], objects, "efrdn_fast_simt.so")
 
 
 def execute(program: Path, *args: str | Path, order: str = "forward"):

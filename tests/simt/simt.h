@@ -13,8 +13,6 @@
 
 #include <cuda_runtime.h>
 #include <link.h>
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -30,8 +28,14 @@
 #include <random>
 #include <vector>
 
-#if !defined(__SANITIZE_ADDRESS__) || !defined(__OPTIMIZE__)
-#error "build with -fsanitize=address and -O1 or more"
+#ifndef __OPTIMIZE__
+#error "build with -O1 or more"
+#endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#else
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 #endif
 
 namespace simt {
@@ -105,14 +109,18 @@ inline std::string describe(int index) {
 }
 
 // Switching is by __builtin_setjmp: 20 times faster than swapcontext, which makes system calls.
-#define SIMT_PLAIN __attribute__((noinline, no_sanitize("address")))
+// noipa: other fibers run inside, which no analysis of these functions sees.
+#define SIMT_PLAIN __attribute__((noipa, no_sanitize("address")))
+
+// A function of its own: g++ loses the way back of a setjmp in the function of a longjmp.
+[[noreturn]] SIMT_PLAIN inline void jump(void** to) { __builtin_longjmp(to, 1); }
 
 SIMT_PLAIN inline void resume(int index) {
   Fiber& f = *fibers[index];
   current = index;
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, f.stack.get(), kStackBytes);
   if (__builtin_setjmp(scheduler_jump) == 0) {
-    if (f.started) __builtin_longjmp(f.jump, 1);
+    if (f.started) jump(f.jump);
     f.started = true;
     setcontext(&f.entry);
   }
@@ -122,7 +130,7 @@ SIMT_PLAIN inline void resume(int index) {
 SIMT_PLAIN inline void yield() {
   Fiber& f = *fibers[current];
   __sanitizer_start_switch_fiber(&f.fake_stack, scheduler_stack, scheduler_stack_bytes);
-  if (__builtin_setjmp(f.jump) == 0) __builtin_longjmp(scheduler_jump, 1);
+  if (__builtin_setjmp(f.jump) == 0) jump(scheduler_jump);
   __sanitizer_finish_switch_fiber(fibers[current]->fake_stack, nullptr, nullptr);
 }
 
@@ -203,14 +211,21 @@ inline void release_barrier() {
   }
 }
 
-// Static shared memory is the main program's thread-local storage (see __shared__ below).
+// Static shared memory is this program's or library's thread-local storage (see __shared__ below).
 inline void poison_shared(size_t dynamic_shared_bytes) {
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void*) {
-        for (int i = 0; i < info->dlpi_phnum; i++)
-          if (info->dlpi_phdr[i].p_type == PT_TLS)
-            std::memset(info->dlpi_tls_data, 0xff, info->dlpi_phdr[i].p_memsz);
-        return 1;  // the first object is the main program
+        const auto here = reinterpret_cast<uintptr_t>(&poison_shared) - info->dlpi_addr;
+        const auto* const first = info->dlpi_phdr;
+        const auto* const last = first + info->dlpi_phnum;
+        const auto holds = [&](const auto& h) {
+          return h.p_type == PT_LOAD && here - h.p_vaddr < h.p_memsz;
+        };
+        if (std::none_of(first, last, holds)) return 0;
+        for (const auto* h = first; h != last; h++)
+          if (h->p_type == PT_TLS && info->dlpi_tls_data)  // null before a library's first access
+            std::memset(info->dlpi_tls_data, 0xff, h->p_memsz);
+        return 1;
       },
       nullptr);
   std::memset(dynamic_bytes.get(), 0xff, dynamic_shared_bytes);
@@ -357,6 +372,20 @@ template <class T>
 T __shfl_up_sync(unsigned mask, T value, int delta, int width = 32, SIMT_HERE) {
   const int source = simt::source_lane(simt::current % simt::kWarp - delta, width);
   return simt::shuffle(mask, value, source, "__shfl_up_sync", SIMT_SITE);
+}
+inline int __any_sync(unsigned mask, int predicate, SIMT_HERE) {
+  int mine = predicate;
+  simt::warp_collective(
+      mask,
+      [](unsigned, void* const* lanes) {
+        int any = 0;
+        for (int i = 0; i < simt::kWarp; i++)
+          if (lanes[i]) any |= *static_cast<int*>(lanes[i]);
+        for (int i = 0; i < simt::kWarp; i++)
+          if (lanes[i]) *static_cast<int*>(lanes[i]) = any;
+      },
+      &mine, "__any_sync", SIMT_SITE);
+  return mine;
 }
 template <class T>
 T __ldg(const T* address) {

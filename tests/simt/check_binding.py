@@ -1,0 +1,176 @@
+"""Calls every op of ops_cuda.cpp with CPU tensors, the kernels run as fibers.
+
+Usage: python check_binding.py <library built by harness.binding>. The first wrong result raises.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from efrdn_fast import reference, testing
+
+ext = torch.ops.efrdn_fast_ext
+LAYOUTS = ("contiguous", "channels_last", "sliced")
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values / max(1, values[0].numel()) ** 0.5
+
+
+def is_nhwc(y: Tensor) -> bool:
+    return y.is_contiguous(memory_format=torch.channels_last)
+
+
+def gcrb_weights() -> list[Tensor]:
+    shapes = [(8, 16, 1, 1), (8,), (8, 1, 3, 3), (8,), (32, 4, 1, 1), (32,)]
+    return [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
+
+
+def expect_error(part: str, function: Callable, *args) -> None:
+    try:
+        function(*args)
+    except RuntimeError as error:
+        assert part in str(error), f"{part!r} not in {error}"
+    else:
+        raise AssertionError(f"no error that names {part!r}")
+
+
+def check_gcrb() -> None:
+    weights = gcrb_weights()
+
+    def exact(x, *weights):
+        return reference.gcrb(x, *weights, groups=2)
+
+    for layout in LAYOUTS:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = testing.make_input((2, 32, 5, 6), dtype, layout=layout)
+            grad = testing.make_input((2, 32, 5, 6), dtype, layout=layout, seed=1)
+            y = ext.gcrb_cuda(x, *weights, 2)
+            assert is_nhwc(y)
+            testing.assert_close_to_reference(y, exact, [x, *weights])
+            grads = ext.gcrb_backward_cuda(grad, x, *weights, 2)
+            assert is_nhwc(grads[0])
+            args = [x, *weights]
+            testing.assert_close_to_reference(grads, testing.gradients(exact, grad), args)
+    # weights that are not contiguous and of two dtypes; their gradients keep their own
+    x = testing.make_input((1, 32, 3, 4), torch.float16)
+    odd = [w.half() if i % 2 else w.flip(0).flip(0) for i, w in enumerate(weights)]
+    odd[0] = odd[0].transpose(0, 1).contiguous().transpose(0, 1)
+    testing.assert_close_to_reference(ext.gcrb_cuda(x, *odd, 2), exact, [x, *odd])
+    grads = ext.gcrb_backward_cuda(x, x, *odd, 2)
+    assert [g.dtype for g in grads[1:]] == [w.dtype for w in odd]
+    assert [g.shape for g in grads[1:]] == [w.shape for w in odd]
+    expect_error(
+        "w2 must have 72 values, got 63", ext.gcrb_cuda, x, *odd[:2], odd[2][:7], *odd[3:], 2
+    )
+    expect_error("groups=3 must divide", ext.gcrb_cuda, x, *odd, 3)
+    expect_error("must have the dtype", ext.gcrb_backward_cuda, x.float(), x, *odd, 2)
+    expect_error("got 3 dimensions", ext.gcrb_cuda, x[0], *odd, 2)
+    expect_error("float32, bfloat16 or float16", ext.gcrb_cuda, x.double(), *odd, 2)
+
+
+def check_gcrb_train() -> None:
+    w1, b1, w2, b2, w3, b3 = gcrb_weights()
+    gammas = [1 + 0.2 * draw(size, seed=9) for size in (8, 8, 32)]
+    params = [w1, gammas[0], b1, w2, gammas[1], b2, w3, gammas[2], b3]
+
+    def exact(x, *params):
+        return reference.gcrb_train(x, *params, groups=2)
+
+    for layout in LAYOUTS:
+        x = testing.make_input((2, 32, 7, 6), layout=layout)
+        grad = testing.make_input((2, 32, 7, 6), layout=layout, seed=1)
+        y, mean, var = ext.gcrb_train_cuda(x, *params, 2, 1e-5)
+        testing.assert_close_to_reference((y, mean, var), exact, [x, *params])
+        grads = ext.gcrb_train_backward_cuda(grad, x, *params, mean, var, 2, 1e-5)
+        testing.assert_close_to_reference(grads, testing.gradients(exact, grad), [x, *params])
+    half = [p.half() for p in params]
+    y, mean, var = ext.gcrb_train_cuda(x.half(), *half, 2, 1e-5)
+    grads = ext.gcrb_train_backward_cuda(x.half(), x.half(), *half, mean, var, 2, 1e-5)
+    assert [(g.shape, g.dtype) for g in grads[1:]] == [(p.shape, p.dtype) for p in half]
+    bad = [*params[:4], gammas[1][:7], *params[5:]]
+    expect_error("gamma1, gamma2 and gamma3", ext.gcrb_train_cuda, x, *bad, 2, 1e-5)
+
+
+def check_acrb() -> None:
+    weight, bias = draw(9, 9, 3, 3), draw(9, seed=1)
+
+    def exact(x, weight, bias):
+        return reference.acrb(x, weight, bias, start=23)
+
+    for layout in LAYOUTS:
+        for dtype in (torch.float32, torch.float16):
+            x = testing.make_input((2, 32, 5, 6), dtype, layout=layout)
+            y = ext.acrb_cuda(x, weight, bias, 23)
+            testing.assert_close_to_reference(y, exact, [x, weight, bias])
+            for memory in (torch.channels_last, torch.contiguous_format):
+                out = torch.zeros(2, 59, 5, 6, dtype=dtype).contiguous(memory_format=memory)
+                ext.acrb_out_cuda(x, weight, bias, 23, out, 18)
+                assert torch.equal(out[:, 18:27], y)
+                assert (out[:, :18] == 0).all()
+                assert (out[:, 27:] == 0).all()
+            grad = testing.make_input((2, 9, 5, 6), dtype, layout=layout, seed=1)
+            grads = ext.acrb_backward_cuda(grad, x, weight, bias, 23)
+            args = [x, weight, bias]
+            testing.assert_close_to_reference(grads, testing.gradients(exact, grad), args)
+    expect_error("start=24 and 9", ext.acrb_cuda, x, weight, bias, 24)
+    expect_error("out_start=51 and 9", ext.acrb_out_cuda, x, weight, bias, 23, out, 51)
+
+
+def check_conv3x3() -> None:
+    weight, bias = draw(32, 59, 3, 3), draw(32, seed=1)
+    residual = testing.make_input((2, 32, 5, 6), seed=8)
+
+    def exact(xs, weight, bias, residual, groups=1, relu=True, interleaved=False):
+        options = {"groups": groups, "relu": relu, "interleaved": interleaved}
+        return reference.conv3x3(xs, weight, bias, residual=residual, **options)
+
+    for widths in ([9, 9, 9, 32], [59], [10, 10, 10, 10, 10, 9]):
+        for layout in LAYOUTS:
+            xs = [
+                testing.make_input((2, c, 5, 6), layout=layout, seed=i)
+                for i, c in enumerate(widths)
+            ]
+            y = ext.conv3x3_cuda(xs, weight, bias, residual, 1, True, False, False)
+            assert is_nhwc(y)
+            testing.assert_close_to_reference(y, exact, [xs, weight, bias, residual])
+    pair = [testing.make_input((2, 32, 5, 6), seed=i) for i in range(2)]
+    grouped = draw(32, 8, 3, 3)
+    y = ext.conv3x3_cuda(pair, grouped, None, None, 8, False, True, False)
+    testing.assert_close_to_reference(y, exact, [pair, grouped, None, None, 8, False, True])
+    expect_error(
+        "two maps of as many channels",
+        ext.conv3x3_cuda,
+        pair[:1],
+        grouped,
+        None,
+        None,
+        4,
+        False,
+        True,
+        False,
+    )
+    expect_error(
+        "weight must be [32, 64, 3, 3]",
+        ext.conv3x3_cuda,
+        pair,
+        grouped,
+        None,
+        None,
+        1,
+        False,
+        False,
+        False,
+    )
+
+
+if __name__ == "__main__":
+    torch.ops.load_library(sys.argv[1])
+    with testing.poison_empty():
+        for check in (check_gcrb, check_gcrb_train, check_acrb, check_conv3x3):
+            check()
