@@ -56,6 +56,8 @@ class Result:
     """Edge of the tiles it was computed in, 0 for none."""
     dtype: str | None = None
     """Precision it was computed in."""
+    exact: bool | None = None
+    """Whether its parts agree with the whole image."""
 
 
 def plan(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from . import exact as whole_image
 from .device import PRECISIONS, free_memory, is_out_of_memory, precision
 
 __all__ = ["OVERLAP", "Outcome", "bands", "run", "tiled"]
@@ -39,9 +40,11 @@ class Outcome:
     """How an image was computed in the end."""
 
     tile: int
-    """Edge of the tiles in LR pixels, 0 for the whole image at once."""
+    """Edge of the tiles in LR pixels, 0 for the whole image at once; rows of a band if exact."""
     dtype: str
     """Precision that gave finite numbers: fp32, tf32, fp16 or bf16."""
+    exact: bool = False
+    """Whether the parts agree with the whole image, see `exact.bands`."""
 
 
 def tiled(
@@ -86,13 +89,15 @@ def run(
     overlap: int | None = None,
     device: torch.device,
     dtype: str = "auto",
+    exact: bool = False,
     progress: Progress | None = None,
 ) -> Outcome:
     """`tiled`, handing finished rows to `emit` in order, with a second try where one can help.
 
     With `tile=None` the whole image is computed at once if memory allows, else in tiles, halved
     until they fit. Half precision whose output is not finite is repeated in bf16, then fp32. Every
-    such change is one warning; a new try emits from row 0 again.
+    such change is one warning; a new try emits from row 0 again. With `exact` the image is computed
+    in bands of `tile` rows whose numbers are those of the whole image.
 
     Raises:
         MemoryError: Even the smallest tile, or the one asked for, does not fit.
@@ -101,9 +106,9 @@ def run(
     if dtype not in PRECISIONS:
         raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}; got {dtype!r}")
     height, width = x.shape[2:]
-    sizes = _tile_sizes(net, x, tile, device)
+    sizes = (_exact_rows if exact else _tile_sizes)(net, x, tile, device)
     precisions = list(PRECISIONS[dtype])
-    if sizes[0] == 0:
+    if sizes[0] == 0 or exact:
         _warn_when_slow(net, height, width, device)
     while True:
         shared = overlap
@@ -111,7 +116,12 @@ def run(
             shared = min(overlap, (sizes[0] or max(height, width)) // 2)
         try:
             with torch.inference_mode(), precision(device, precisions[0]):
-                for top, band in bands(net, x, sizes[0], shared, device, progress):
+                parts = (
+                    whole_image.bands(net, x, sizes[0], device, progress)
+                    if exact
+                    else bands(net, x, sizes[0], shared, device, progress)
+                )
+                for top, band in parts:
                     emit(top, band)
             break
         except FloatingPointError as error:
@@ -133,12 +143,12 @@ def run(
             torch.cuda.empty_cache()
     if precisions[0] != PRECISIONS[dtype][0]:
         warnings.warn(f"{dtype} overflowed on this image; it was computed in {precisions[0]}")
-    if tile is None and sizes[0]:
+    if tile is None and sizes[0] and not exact:
         warnings.warn(
             f"{width}x{height} px do not fit on {device} in one piece: upscaled in tiles of "
             f"{sizes[0]} px, which differ a little; --tile chooses their size"
         )
-    return Outcome(sizes[0], precisions[0])
+    return Outcome(sizes[0], precisions[0], exact)
 
 
 def bands(
@@ -251,6 +261,15 @@ def _tile_sizes(net: nn.Module, x: Tensor, tile: int | None, device: torch.devic
         if free is None or min(edge, height) * min(edge, width) * pixel_bytes < free
     ]
     return [0 if edge == edges[0] else edge for edge in fitting or edges[-1:]]
+
+
+def _exact_rows(net: nn.Module, x: Tensor, tile: int | None, device: torch.device) -> list[int]:
+    """Rows of the bands of the exact mode to try, best first."""
+    whole_image.check(net, x, free_memory(device))
+    if tile:
+        return [tile]
+    rows = whole_image.band_rows(net, x.shape[3])
+    return [rows >> i for i in range(rows.bit_length()) if rows >> i >= 8]
 
 
 def _warn_when_slow(net: nn.Module, height: int, width: int, device: torch.device) -> None:

@@ -88,6 +88,8 @@ class Upscaler:
     Args:
         scale: 2, 3 or 4. Default: that of `model`, else 4.
         overlap: Pixels that neighbouring tiles share. Default: `inference.OVERLAP`.
+        exact: Bands of `tile` rows with the numbers of the whole image, see `efrdn_fast.exact`.
+        segment_tokens: Attention by segments of so many tokens, for a stored `model`.
         backend: "auto" or "reference".
     """
 
@@ -101,6 +103,8 @@ class Upscaler:
         *,
         tile: int | None = None,
         overlap: int | None = None,
+        exact: bool = False,
+        segment_tokens: int | None = None,
         device: str | torch.device | None = None,
         dtype: str = "auto",
         backend: str = "auto",
@@ -113,6 +117,8 @@ class Upscaler:
                 "upscaling takes 'auto' or 'reference'"
             )
         if isinstance(model, nn.Module):
+            if segment_tokens is not None:
+                raise ValueError("segment_tokens is for stored models: EFRDN(segment_tokens=...)")
             self.net = model
             own = next((p.device for p in model.parameters()), torch.device("cpu"))
             self.device = own if device is None else torch.device(device)
@@ -121,7 +127,7 @@ class Upscaler:
         else:
             self.device = resolve_device(device)
             path = checkpoint.resolve(f"x{scale or 4}" if model is None else model)
-            self.net = _load(path, path.stat().st_mtime_ns, self.device)
+            self.net = _load(path, path.stat().st_mtime_ns, self.device, segment_tokens)
         own_scale = getattr(self.net, "scale", None)
         self.scale = scale or own_scale or 4
         if own_scale not in (None, self.scale):
@@ -129,7 +135,7 @@ class Upscaler:
                 f"model {model if not isinstance(model, nn.Module) else type(model).__name__} "
                 f"upscales by {own_scale}, not by {self.scale}"
             )
-        self.tile, self.overlap, self.dtype = tile, overlap, dtype
+        self.tile, self.overlap, self.exact, self.dtype = tile, overlap, exact, dtype
 
     def image(self, image: Image.Image, progress: Progress | None = None) -> Image.Image:
         """Pillow image -> Pillow image."""
@@ -211,6 +217,7 @@ class Upscaler:
             emit,
             tile=self.tile,
             overlap=self.overlap,
+            exact=self.exact,
             device=self.device,
             dtype=self.dtype,
             progress=progress,
@@ -277,9 +284,10 @@ def _check_tensor(x: Tensor) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(path: Path, _modified: int, device: torch.device) -> EFRDN:
+def _load(path: Path, _modified: int, device: torch.device, segment_tokens: int | None) -> EFRDN:
     """Network of a checkpoint on `device`; read again when the file has changed."""
-    return prepare(EFRDN.from_pretrained(path), device)
+    given = {} if segment_tokens is None else {"segment_tokens": segment_tokens}
+    return prepare(EFRDN.from_pretrained(path, **given), device)
 
 
 class _evaluating:

@@ -489,6 +489,16 @@ def test_tiles_and_half_precision_are_reported(here, upscale):
     assert upscale("a.png", "-t", "auto", "--overwrite")[0] == 0
 
 
+def test_exact_bands(here, upscale):
+    picture("a.png", (24, 20))
+    assert upscale("a.png", "-o", "whole.png", "--tile", "0", "--segment-tokens", "50")[0] == 0
+    words = ["--exact", "--tile", "7", "--segment-tokens", "50", "--json-summary", "s.json"]
+    assert upscale("a.png", "-o", "bands.png", *words)[0] == 0
+    np.testing.assert_array_equal(images.read("bands.png").pixels, images.read("whole.png").pixels)
+    (image,) = json.loads(Path("s.json").read_text())["images"]
+    assert image["exact"] is True and image["tile"] == 7
+
+
 def test_warnings_are_one_line(here, upscale, monkeypatch):
     picture("a.png", size=(80, 64))
     monkeypatch.setattr("efrdn_fast.inference.free_memory", lambda _: 41 * 41 * 5000)

@@ -97,6 +97,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pixels that neighbouring tiles share (default: 16)",
     )
+    tiles.add_argument(
+        "--exact",
+        action="store_true",
+        help="bands of --tile rows with the very numbers of the whole image: slower, features lie "
+        "in temporary files (TMPDIR)",
+    )
+    tiles.add_argument(
+        "--segment-tokens",
+        type=_positive,
+        metavar="N",
+        help="attention in segments of N pixels, so that time and memory grow with the area only; "
+        "changes the picture a little (default: four segments)",
+    )
     _options.add_runtime(parser)
 
 
@@ -120,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         tile=args.tile,
         overlap=args.tile_pad,
+        exact=args.exact,
+        segment_tokens=args.segment_tokens,
         device=args.device,
         dtype=args.dtype,
         backend=args.backend,
