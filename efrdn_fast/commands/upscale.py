@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -123,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
     from ..images import MAX_PIXELS, STREAM
     from ..upscaler import Upscaler
 
+    # What Pillow logs of a damaged file is said once, by the error.
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     start = time.perf_counter()
     piped = args.output == STREAM
     if piped and sys.stdout.isatty():
