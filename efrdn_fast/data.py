@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -193,28 +193,38 @@ def _decode_all(images: Sequence[Path], scale: int, folder: Path, strict: bool) 
 class Patches(Dataset):
     """LR/HR patch pairs, uint8 `[3, p, p]` and `[3, scale p, scale p]`, flipped and rotated.
 
-    Item n is index `n % batch_size` of step `n // batch_size`. All patch positions of all images
+    Item (step, index, p) depends on these and on the seed alone. All patch positions of all images
     are equally likely; one of the eight flips and rotations is applied.
     """
 
-    def __init__(self, cache: ImageCache, patch_size: int, batch_size: int, seed: int):
-        self.cache, self.patch, self.batch_size, self.seed = cache, patch_size, batch_size, seed
-        sizes = np.array([entry["lr_size"] for entry in cache.images])
-        positions = np.clip(sizes - patch_size + 1, 0, None).prod(axis=1)
-        if not positions.any():
-            raise ValueError(
-                f"no training image is as large as a patch of {patch_size} LR pixels "
-                f"({patch_size * cache.scale} HR pixels)"
-            )
-        self.ends = positions.cumsum()
+    def __init__(self, cache: ImageCache, seed: int):
+        self.cache, self.seed = cache, seed
+        self._sizes = np.array([entry["lr_size"] for entry in cache.images])
+        self._ends: dict[int, np.ndarray] = {}
 
-    def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
-        step, index = divmod(int(n), self.batch_size)
+    def ends(self, patch: int) -> np.ndarray:
+        """Number of patch positions up to and including every image.
+
+        Raises:
+            ValueError: No image is as large as a patch.
+        """
+        if patch not in self._ends:
+            positions = np.clip(self._sizes - patch + 1, 0, None).prod(axis=1)
+            if not positions.any():
+                raise ValueError(
+                    f"no training image is as large as a patch of {patch} LR pixels "
+                    f"({patch * self.cache.scale} HR pixels)"
+                )
+            self._ends[patch] = positions.cumsum()
+        return self._ends[patch]
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        step, index, p = key
+        ends, s = self.ends(p), self.cache.scale
         rng = np.random.default_rng([self.seed, step, index])
-        position = int(rng.integers(self.ends[-1]))
-        image = int(np.searchsorted(self.ends, position, side="right"))
-        position -= int(self.ends[image - 1]) if image else 0
-        p, s = self.patch, self.cache.scale
+        position = int(rng.integers(ends[-1]))
+        image = int(np.searchsorted(ends, position, side="right"))
+        position -= int(ends[image - 1]) if image else 0
         top, left = divmod(position, self.cache.images[image]["lr_size"][1] - p + 1)
         lr = self.cache.lr(image)[top : top + p, left : left + p]
         hr = self.cache.hr(image)[s * top : s * (top + p), s * left : s * (left + p)]
@@ -227,13 +237,37 @@ def _augment(image: np.ndarray, turns: int, mirror: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
-def loader(patches: Patches, first_step: int, last_step: int, workers: int = 0) -> DataLoader:
-    """Batches of the steps `first_step .. last_step - 1`, the same for any number of `workers`."""
-    size = patches.batch_size
+def loader(
+    patches: Patches,
+    sizes: Callable[[int], tuple[int, int]],
+    first_step: int,
+    last_step: int,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader:
+    """Batches of the steps `first_step .. last_step - 1`, the same for any number of `workers`.
+
+    Args:
+        patches: Source of the samples.
+        sizes: Patch side and (global) batch of a step.
+        first_step, last_step: Range of steps.
+        workers: Processes that prepare batches.
+        rank, world_size: This process's share of every batch, samples rank, rank + world_size, ...
+    """
+
+    class Batches:
+        def __iter__(self):
+            for step in range(first_step, last_step):
+                patch, batch = sizes(step)
+                yield [(step, i, patch) for i in range(rank, batch, world_size)]
+
+        def __len__(self) -> int:
+            return last_step - first_step
+
     return DataLoader(
         patches,
-        batch_size=size,
-        sampler=range(first_step * size, last_step * size),
+        batch_sampler=Batches(),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,

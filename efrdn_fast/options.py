@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 
 from .config import EFRDNConfig
@@ -49,10 +50,21 @@ class TrainOptions:
     """Initial bias of the CC bottlenecks; a positive value avoids units that start dead."""
     autocast: str = "fp32"
     """Type of the forward pass: fp32, bf16 or fp16 (with loss scaling, CUDA only)."""
+    stages: str = ""
+    """Progressive sizes before the last ones: "24x8@0.4,32x4@0.8" trains on 8 patches of 24 x 24
+    in the first 40 % of the steps, on 4 of 32 x 32 up to 80 %, then on batch_size of patch_size."""
+    last_loss: str = ""
+    """Loss of the end of the run, from last_loss_from on: l1, l2 or charbonnier."""
+    last_loss_from: float = 0.9
+    """Share of the steps after which last_loss takes over."""
+    freeze_bn_from: float = 1.0
+    """Share of the steps after which BatchNorm keeps its statistics; 1 never freezes them."""
     attention: str = "sdpa"
     """explicit (score matrix) or sdpa."""
     init: str = ""
     """Checkpoint whose weights the run starts from; tails of another scale are resampled."""
+    fit_tails: int = 0
+    """Batches to which the upsampling tails are fitted by least squares before the first step."""
     manual_seed: int = 0
     """Seed of initialisation and of every sample."""
 
@@ -69,14 +81,59 @@ class TrainOptions:
                     f"train: {name} must be one of {', '.join(choices)}; "
                     f"got {getattr(self, name)!r}"
                 )
+        if self.last_loss and self.last_loss not in LOSSES:
+            raise ValueError(
+                f"train: last_loss must be one of {', '.join(LOSSES)}; got {self.last_loss!r}"
+            )
+        for name in ("last_loss_from", "freeze_bn_from"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"train: {name} must be in [0, 1], got {getattr(self, name)}")
+        self._parse_stages()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train: ema_decay must be in [0, 1), got {self.ema_decay}")
         if not (self.lr > 0 and 0 <= self.lr_min <= self.lr):
             raise ValueError(f"train: need 0 <= lr_min <= lr, got {self.lr_min} and {self.lr}")
         if not 0 <= self.warmup < self.total_iter:
             raise ValueError(f"train: warmup must be in [0, total_iter), got {self.warmup}")
+        if self.fit_tails < 0:
+            raise ValueError(f"train: fit_tails must not be negative, got {self.fit_tails}")
         if self.grad_clip < 0:
             raise ValueError(f"train: grad_clip must not be negative, got {self.grad_clip}")
+
+    def _parse_stages(self) -> list[tuple[float, int, int]]:
+        stages, before = [], 0.0
+        for text in filter(None, self.stages.split(",")):
+            match = re.fullmatch(r"\s*(\d+)x(\d+)@(\d*\.?\d+)\s*", text)
+            end = float(match[3]) if match else 0.0
+            if not match or int(match[1]) < 3 or int(match[2]) < 1 or not before < end < 1:
+                raise ValueError(
+                    "train: stages must be PATCHxBATCH@SHARE,... with shares that grow from 0 to "
+                    f"1, such as 24x8@0.4,32x4@0.8; got {self.stages!r}"
+                )
+            stages.append((end, int(match[1]), int(match[2])))
+            before = end
+        return stages
+
+    def sizes(self, step: int) -> tuple[int, int]:
+        """Patch side in LR pixels and batch of `step` (0-based)."""
+        for end, patch, batch in self._parse_stages():
+            if step < end * self.total_iter:
+                return patch, batch
+        return self.patch_size, self.batch_size
+
+    def all_sizes(self) -> list[tuple[int, int]]:
+        """Every (patch, batch) of the run."""
+        stages = [(patch, batch) for _, patch, batch in self._parse_stages()]
+        return [*stages, (self.patch_size, self.batch_size)]
+
+    def loss_at(self, step: int) -> str:
+        """Name of the loss of `step`."""
+        late = self.last_loss and step >= self.last_loss_from * self.total_iter
+        return self.last_loss if late else self.loss
+
+    def bn_frozen(self, step: int) -> bool:
+        """Whether BatchNorm uses its running statistics in `step`, and keeps them."""
+        return self.freeze_bn_from < 1 and step >= self.freeze_bn_from * self.total_iter
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of `step` (0-based): linear warm-up, then cosine from `lr` to `lr_min`."""

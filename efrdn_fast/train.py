@@ -1,8 +1,12 @@
-"""Training of EFRDN: resumable to the bit, atomic checkpoints, averaged weights."""
+"""Training of EFRDN: resumable to the bit, atomic checkpoints, averaged weights.
+
+Under torchrun every process runs the same code on its share of each batch; the first one writes.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -18,14 +22,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from . import checkpoint, metrics, reference
-from .blocks import CC
+from .blocks import CC, BatchNorm
 from .data import ImageCache, Patches, build_cache, find_images, loader, split_validation
+from .distributed import World, globalize, process_group
 from .model import EFRDN
 from .options import RunOptions, TrainOptions
+from .warmstart import fit_tails, warm_start
 
 __all__ = ["Trainer", "train", "validate"]
 
@@ -34,10 +41,21 @@ STATE_VERSION = 1
 
 
 class Trainer:
-    """Network, averaged weights, optimizer and loss scaler of a run, with an exact state."""
+    """Network, averaged weights, optimizer and loss scaler of a run, with an exact state.
 
-    def __init__(self, options: TrainOptions, device: str | torch.device = "cpu"):
-        self.options, self.device = options, torch.device(device)
+    Args:
+        options: What decides the weights.
+        device: Device to train on.
+        world: This process among those that share every batch.
+    """
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        device: str | torch.device = "cpu",
+        world: World | None = None,
+    ):
+        self.options, self.device, self.world = options, torch.device(device), world or World()
         self.step, self.skipped, self.bad_streak = 0, 0, 0
         torch.manual_seed(options.manual_seed)
         net = EFRDN(
@@ -47,10 +65,13 @@ class Trainer:
             if isinstance(module, CC) and options.cc_bias_init:
                 nn.init.constant_(module.squeeze.bias, options.cc_bias_init)
         if options.init:
-            _warm_start(net, options.init)
+            warm_start(net, options.init)
         if options.attention == "sdpa":
             net.set_attention(reference.emha_sdpa)
+        if self.world.size > 1:
+            globalize(net)
         self.net = net.to(self.device, memory_format=torch.channels_last).train()
+        self.norms = [m for m in self.net.modules() if isinstance(m, BatchNorm)]
         self.ema = AveragedModel(
             self.net, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay), use_buffers=True
         )
@@ -59,16 +80,20 @@ class Trainer:
             self.device.type, enabled=options.autocast == "fp16" and self.device.type == "cuda"
         )
         self.forward: nn.Module = self.net
+        if self.world.size > 1:  # every process computes the same statistics, so none is sent
+            self.forward = DistributedDataParallel(self.net, broadcast_buffers=False)
 
     def loss(self, sr: Tensor, hr: Tensor) -> Tensor:
-        if self.options.loss == "l1":
+        """Loss of the present step, mean over the pixels."""
+        name = self.options.loss_at(self.step)
+        if name == "l1":
             return F.l1_loss(sr, hr)
-        if self.options.loss == "l2":
+        if name == "l2":
             return F.mse_loss(sr, hr)
         return ((sr - hr).square() + 1e-6).sqrt().mean()  # Charbonnier, eps 1e-3
 
     def train_step(self, lr_uint8: Tensor, hr_uint8: Tensor) -> float:
-        """One optimizer step on a uint8 batch; returns the loss.
+        """One optimizer step on (this process's share of) a uint8 batch; returns the loss.
 
         A step whose loss or gradient is not finite changes nothing but the step counter.
         """
@@ -77,6 +102,8 @@ class Trainer:
         hr = hr_uint8.to(self.device, non_blocking=True).float().div_(255)
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate(self.step)
+        for norm in self.norms:
+            norm.train(not options.bn_frozen(self.step))
         before = [b.clone() for b in self.net.buffers()]  # to undo a bad step
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.autocast)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
@@ -88,7 +115,9 @@ class Trainer:
         limit = options.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
         self.step += 1
-        if not math.isfinite(value := loss.item()) or not math.isfinite(norm.item()):
+        # Summed over the processes, so that all of them decide alike.
+        value, length = (x / self.world.size for x in self.world.total(loss.item(), norm.item()))
+        if not math.isfinite(value) or not math.isfinite(length):
             with torch.no_grad():
                 for buffer, value in zip(self.net.buffers(), before, strict=True):
                     buffer.copy_(value)
@@ -135,10 +164,9 @@ class Trainer:
             was = state["options"]
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a readable training state: {error}") from error
-        now = self.options.to_dict()
-        differ = [
-            f"{k}: {was.get(k)!r} then, {now.get(k)!r} now" for k in now if was.get(k) != now[k]
-        ]
+        defaults = {f.name: f.default for f in dataclasses.fields(TrainOptions)}
+        was, now = {**defaults, **was}, self.options.to_dict()  # options younger than the state
+        differ = [f"{k}: {was[k]!r} then, {now.get(k)!r} now" for k in now if was[k] != now[k]]
         if differ:
             raise ValueError(f"{path}: cannot resume with other options ({'; '.join(differ)})")
         self.step, self.skipped = state["step"], state["skipped"]
@@ -148,29 +176,22 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def _warm_start(net: EFRDN, source: str) -> None:
-    """Load the weights of `source`; the upsampling tails of another scale are resampled.
-
-    The filters of an s x s block of pixels become those of another grid on the same block by
-    averaging, so that the start is the other network's result, enlarged or reduced.
-    """
-    stored = checkpoint.load(source)
-    state, own, then = stored.state_dict, net.state_dict(), stored.config["scale"]
-    for key in ("reconstruct_deep.conv2", "reconstruct_shallow.conv"):
-        for name in (f"{key}.weight", f"{key}.bias"):
-            if then != net.scale and name in state:
-                blocks = state[name].view(3, then, then, -1).permute(0, 3, 1, 2)
-                blocks = F.adaptive_avg_pool2d(blocks, net.scale)  # [3, taps, s, s]
-                state[name] = blocks.permute(0, 2, 3, 1).reshape(own[name].shape)
-    checkpoint.load_into(net, state, source)
-
-
 @torch.inference_mode()
-def validate(net: nn.Module, images: ImageCache, device: torch.device, crop: int = 0) -> float:
-    """Mean PSNR on Y in dB, border of `scale` pixels cut, over whole images or their centres."""
+def validate(
+    net: nn.Module,
+    images: ImageCache,
+    device: torch.device,
+    crop: int = 0,
+    world: World | None = None,
+) -> float:
+    """Mean PSNR on Y in dB, border of `scale` pixels cut, over whole images or their centres.
+
+    Every process of `world` does its share of the images; all return the mean over all.
+    """
+    world = world or World()
     scale, was_training, total = images.scale, net.training, 0.0
     net.eval()
-    for i in range(len(images)):
+    for i in world.shard(list(range(len(images)))):
         lr, hr = images.lr(i), images.hr(i)
         if crop:
             h, w = min(crop, lr.shape[0]), min(crop, lr.shape[1])
@@ -181,7 +202,7 @@ def validate(net: nn.Module, images: ImageCache, device: torch.device, crop: int
         sr = (net(x)[0].clamp(0, 1) * 255).round().to(torch.uint8)
         total += metrics.psnr(sr.permute(1, 2, 0).cpu().numpy(), hr, crop_border=scale)
     net.train(was_training)
-    return total / len(images)
+    return world.total(total)[0] / len(images)
 
 
 def _writer(run: RunOptions):
@@ -218,26 +239,59 @@ def train(
         RuntimeError: The loss stayed non-finite; the last good checkpoint is kept.
         KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and saved first.
     """
+    with process_group(run.device) as world:
+        return _train(data, options, run, resume, world)
+
+
+def _train(
+    data: Sequence[str | os.PathLike],
+    options: TrainOptions,
+    run: RunOptions,
+    resume: str | None,
+    world: World,
+) -> Path:
+    for _, batch in options.all_sizes():
+        if batch % world.size:
+            raise ValueError(
+                f"train: a batch of {batch} cannot be shared equally by {world.size} processes"
+            )
     out = Path(run.out)
     out.mkdir(parents=True, exist_ok=True)
-    for part in out.glob(".*.part"):  # of a run that was killed while it saved
-        part.unlink()
+    if world.is_first:
+        for part in out.glob(".*.part"):  # of a run that was killed while it saved
+            part.unlink()
     train_images, val_images = split_validation(find_images(data))
     cache_dir = run.cache_dir or out / "cache"
+    if world.local_rank:  # one process of a machine decodes
+        world.wait()
     cache = build_cache(train_images, options.scale, cache_dir, strict=run.strict)
     val_cache = build_cache(val_images, options.scale, cache_dir) if val_images else None
-    patches = Patches(cache, options.patch_size, options.batch_size, options.manual_seed)
-    trainer = Trainer(options, run.device)
+    if not world.local_rank:
+        world.wait()
+    patches = Patches(cache, options.manual_seed)
+    for patch, _ in options.all_sizes():
+        patches.ends(patch)  # raises when no image is large enough
+    several_gpus = world.size > 1 and run.device == "cuda"
+    device = f"cuda:{world.local_rank}" if several_gpus else run.device
+    trainer = Trainer(options, device, world)
     state = out / "state.pt" if resume == "auto" else Path(resume) if resume else None
     if state is not None and (state.is_file() or resume != "auto"):
         if not state.is_file():
             raise FileNotFoundError(f"no training state at {str(state)!r} to resume from")
         trainer.restore(state)
+    if options.fit_tails and trainer.step == 0:
+        # From samples that no step of the run draws.
+        first = options.total_iter
+        fit_tails(trainer.net, loader(patches, options.sizes, first, first + options.fit_tails))
+        trainer.ema.module.load_state_dict(trainer.net.state_dict())
     if run.compile:
-        trainer.forward = torch.compile(trainer.net)
+        trainer.forward = torch.compile(trainer.forward)
     session = _Session(trainer, run, cache, val_cache, data)
     try:
-        batches = loader(patches, trainer.step, options.total_iter, run.num_workers)
+        batches = loader(
+            *(patches, options.sizes, trainer.step, options.total_iter, run.num_workers),
+            *(world.rank, world.size),
+        )
         with _stop_signals() as stop:
             session.loop(batches, stop)
     finally:
@@ -272,7 +326,7 @@ class _Session:
     def __init__(self, trainer, run, cache, val_cache, data):
         self.trainer, self.run, self.cache, self.val_cache = trainer, run, cache, val_cache
         self.out, self.started = Path(run.out), time.monotonic()
-        self.writer = _writer(run)
+        self.writer = _writer(run) if trainer.world.is_first else None
         self.data = [Path(d).name for d in data]
         self.psnr: float | None = None
 
@@ -284,14 +338,18 @@ class _Session:
             "images": len(self.cache),
             "data": self.data,
             "device": str(self.trainer.device),
+            "processes": self.trainer.world.size,
             "torch": torch.__version__,
             "validation_psnr_db": self.psnr,
         }
 
     def save(self) -> None:
-        self.trainer.save(self.out, self.record())
+        if self.trainer.world.is_first:
+            self.trainer.save(self.out, self.record())
 
     def log(self, **row) -> None:
+        if not self.trainer.world.is_first:
+            return
         row = {"step": self.trainer.step, **row}
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -302,8 +360,9 @@ class _Session:
     def loop(self, batches, stop: Sequence[int] = ()) -> None:
         """Train on `batches` until they end, time is up or `stop` is not empty; then save."""
         trainer, run, total = self.trainer, self.run, self.trainer.options.total_iter
-        saved, losses, tick = trainer.step, [], time.monotonic()
-        bar = tqdm(total=total, initial=trainer.step, unit="step", smoothing=0.05, disable=None)
+        saved, losses, tick, stopped = trainer.step, [], time.monotonic(), 0.0
+        off = None if trainer.world.is_first else True
+        bar = tqdm(total=total, initial=trainer.step, unit="step", smoothing=0.05, disable=off)
         try:
             for lr, hr in batches:
                 losses.append(trainer.train_step(lr, hr))
@@ -322,20 +381,23 @@ class _Session:
                     losses = []
                 if self.val_cache and (trainer.step % run.val_freq == 0 or trainer.step == total):
                     self.psnr = validate(
-                        trainer.averaged(), self.val_cache, trainer.device, run.val_crop
+                        *(trainer.averaged(), self.val_cache, trainer.device, run.val_crop),
+                        trainer.world,
                     )
                     self.log(psnr_db=self.psnr)
                     tick = time.monotonic()
                 if trainer.step % run.save_freq == 0 or trainer.step == total:
                     self.save()
                     saved = trainer.step
-                if stop or (run.minutes and time.monotonic() - self.started > 60 * run.minutes):
+                late = run.minutes and time.monotonic() - self.started > 60 * run.minutes
+                stopped, ended = trainer.world.total(bool(stop), bool(late))
+                if stopped or ended:
                     break
         finally:
             bar.close()
         if saved != trainer.step and not trainer.bad_streak:
             self.save()
-        if stop:
+        if stopped:
             raise KeyboardInterrupt
 
     def close(self) -> None:

@@ -68,19 +68,19 @@ def test_no_images_is_an_error_that_names_the_folder(tmp_path):
 
 def test_images_smaller_than_a_patch_are_never_drawn(photos, tmp_path):
     cache = build_cache(find_images([photos]), 4, tmp_path / "cache")
-    patches = Patches(cache, 16, 1, seed=0)  # only 2.png is 16 LR pixels wide and high
-    for n in range(8):
-        lr, hr = patches[n]
+    patches = Patches(cache, seed=0)
+    for step in range(8):
+        lr, hr = patches[step, 0, 16]  # only 2.png is 16 LR pixels wide and high
         assert (lr.shape, hr.shape) == ((3, 16, 16), (3, 64, 64))
     with pytest.raises(ValueError, match="as large as a patch of 17"):
-        Patches(cache, 17, 1, seed=0)
+        patches.ends(17)
 
 
 def test_patch_pair_is_aligned(photos, tmp_path):
     cache = build_cache(find_images([photos]), 2, tmp_path / "cache")
-    patches = Patches(cache, 12, 4, seed=3)
-    for n in range(24):
-        lr, hr = patches[n]
+    patches = Patches(cache, seed=3)
+    for step, index in np.ndindex(6, 4):
+        lr, hr = patches[step, index, 12]
         # Inside, away from the patch border, the LR of the HR patch is the LR patch, but for the
         # rounding between passes, whose order a rotation swaps; one pixel off would differ by 20.
         inner = imresize(hr, 1 / 2)[:, 3:-3, 3:-3]
@@ -92,19 +92,27 @@ def test_all_flips_and_rotations_occur(tmp_path):
     folder.mkdir()
     pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
     Image.fromarray(pixels).save(folder / "a.png")
-    patches = Patches(build_cache(find_images([folder]), 2, tmp_path / "c"), 4, 8, seed=1)
-    assert len({patches[n][1].numpy().tobytes() for n in range(100)}) == 8
+    patches = Patches(build_cache(find_images([folder]), 2, tmp_path / "c"), seed=1)
+    assert len({patches[n, 0, 4][1].numpy().tobytes() for n in range(100)}) == 8
 
 
-def test_samples_do_not_depend_on_workers_or_on_the_first_step(photos, tmp_path):
-    patches = Patches(build_cache(find_images([photos]), 4, tmp_path / "cache"), 8, 3, seed=7)
-    plain = list(loader(patches, 0, 4))
+def test_samples_do_not_depend_on_workers_processes_or_the_first_step(photos, tmp_path):
+    def sizes(step):
+        return (8, 4) if step < 2 else (10, 2)
+
+    patches = Patches(build_cache(find_images([photos]), 4, tmp_path / "cache"), seed=7)
+    plain = list(loader(patches, sizes, 0, 4))
+    assert [tuple(lr.shape) for lr, _ in plain] == [(4, 3, 8, 8)] * 2 + [(2, 3, 10, 10)] * 2
     for workers in (1, 2):
-        for (a, b), (c, d) in zip(plain, loader(patches, 0, 4, workers), strict=True):
+        for (a, b), (c, d) in zip(plain, loader(patches, sizes, 0, 4, workers), strict=True):
             assert torch.equal(a, c) and torch.equal(b, d)
-    for (a, _), (b, _) in zip(plain[2:], loader(patches, 2, 4), strict=True):
+    for (a, _), (b, _) in zip(plain[2:], loader(patches, sizes, 2, 4), strict=True):
         assert torch.equal(a, b)
-    other = next(iter(loader(Patches(patches.cache, 8, 3, seed=8), 0, 1)))[0]
+    for rank in (0, 1):
+        share = loader(patches, sizes, 0, 4, 0, rank, 2)
+        for (a, _), (b, _) in zip(plain, share, strict=True):
+            assert torch.equal(a[rank::2], b)
+    other = next(iter(loader(Patches(patches.cache, seed=8), sizes, 0, 1)))[0]
     assert not torch.equal(plain[0][0], other)
 
 

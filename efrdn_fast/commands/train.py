@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import dataclasses
 
+    from ..distributed import world
     from ..options import PRESETS, RunOptions, TrainOptions
     from ..train import train
 
@@ -90,5 +91,6 @@ def run(args: argparse.Namespace) -> int:
     )
     resume = None if args.resume == "never" else args.resume
     path = train(args.data, options, run_options, resume=resume)
-    print(path)
+    if world().is_first:
+        print(path)
     return 0
