@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import triton
-from efrdn_fast.kernels import _launch, acrb, conv3x3, gcrb
+from efrdn_fast.kernels import _launch, acrb, conv3x3, gcrb, gcrb_train
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
@@ -110,6 +110,12 @@ def kernels() -> list[Kernel]:
             found += _recorded(f"gcrb g={groups} {short}", gcrb.gcrb, args)
             name = f"gcrb_backward g={groups} {short}"
             found += _recorded(name, gcrb.gcrb_backward, (args[0], *args))
+        *tensors, groups, eps = args = cases.GcrbTrainCase(SHAPE).args(dtype)
+        found += _recorded(f"gcrb_train g={groups} {short}", gcrb_train.gcrb_train, args)
+        stats = torch.zeros(2, 2 * tensors[1].shape[0] + tensors[0].shape[1])
+        args = (tensors[0], *tensors, *stats, groups, eps)
+        name = f"gcrb_train_backward g={groups} {short}"
+        found += _recorded(name, gcrb_train.gcrb_train_backward, args)
         for tf32 in (False, True) if dtype == torch.float32 else (False,):
             label = "tf32" if tf32 else short
             args = cases.AcrbCase(SHAPE, start=23).args(dtype)

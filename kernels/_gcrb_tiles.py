@@ -20,9 +20,12 @@ __all__ = [
     "expand",
     "expand_weights",
     "group_tiles",
+    "load_mids",
     "load_pixel",
     "load_weight",
+    "project",
     "repeat",
+    "spread",
     "squeeze",
     "squeeze_weights",
     "stack",
@@ -130,15 +133,24 @@ def load_pixel(pointers, ok, g, G: tl.constexpr, CG: tl.constexpr, K: tl.constex
 
 
 @triton.jit
+def project(x, w, MG: tl.constexpr, CHUNKS: tl.constexpr):
+    """Sums over the channels of a row, CHUNKS tiles, times MG sets of weights: MG vectors `[R]`."""
+    out = ()
+    for m in tl.static_range(MG):
+        products = x[0].to(tl.float32) * w[m * CHUNKS]
+        for h in tl.static_range(1, CHUNKS):
+            products += x[h].to(tl.float32) * w[m * CHUNKS + h]
+        out += (tl.sum(products, axis=1),)
+    return out
+
+
+@triton.jit
 def squeeze(x, w1, b1, ok, MG: tl.constexpr, CHUNKS: tl.constexpr):
     """relu(W1 x + b1) as MG vectors `[R]`, 0 where not `ok`."""
+    sums = project(x, w1, MG, CHUNKS)
     mids = ()
     for m in tl.static_range(MG):
-        products = x[0].to(tl.float32) * w1[m * CHUNKS]
-        for h in tl.static_range(1, CHUNKS):
-            products += x[h].to(tl.float32) * w1[m * CHUNKS + h]
-        s = tl.sum(products, axis=1) + b1[m]
-        mids += (tl.where(ok, relu(s), 0.0),)
+        mids += (tl.where(ok, relu(sums[m] + b1[m]), 0.0),)
     return mids
 
 
@@ -191,6 +203,15 @@ def store_pixel(pointers, values, ok, g, G: tl.constexpr, CG: tl.constexpr, K: t
 
 
 @triton.jit
+def load_mids(pointers, ok, MG: tl.constexpr):
+    """The MG inner values of each row of a tile, which lie side by side; zero where not `ok`."""
+    mids = ()
+    for m in tl.static_range(MG):
+        mids += (tl.load(pointers + m, mask=ok, other=0.0),)
+    return mids
+
+
+@triton.jit
 def stack(values, first: tl.constexpr, COUNT: tl.constexpr):
     """COUNT (2, 4 or 8) vectors `[R]` from `first` on as one tile: one exchange, not COUNT."""
     half = ()
@@ -220,3 +241,10 @@ def sum_pixels(values, Q: tl.constexpr, GP: tl.constexpr):
     else:
         total = tl.sum(values.reshape(Q, GP), axis=0)
     return total
+
+
+@triton.jit
+def spread(values, Q: tl.constexpr):
+    """Values of the groups `[GP]` for every pixel of a tile: `[R]`."""
+    GP: tl.constexpr = values.shape[0]
+    return tl.broadcast_to(values[None, :], (Q, GP)).reshape(Q * GP)
