@@ -28,7 +28,7 @@ from .model import Point, predict
 from .store import Store
 from .work import Work
 
-__all__ = ["ERRORS", "LEAST_TURNS", "NotRun", "Outcome", "Session", "Subject"]
+__all__ = ["ERRORS", "LEAST_TURNS", "Call", "NotRun", "Outcome", "Session", "Subject"]
 
 LEAST_TURNS = 3
 MOST_TURNS = 300
@@ -58,6 +58,12 @@ class Subject:
     work: Work | None = None
     at: Point | None = None
     """Place of the case among the sizes, where larger ones are modelled from smaller ones."""
+    series: str = ""
+    """Which sizes: the cases of one series model each other."""
+    modes: tuple[str, ...] = ()
+    """Modes to measure in. Default: those of the session."""
+    describe: Callable[[str], str] = lambda name: ""
+    """Name -> note of a variant that was measured."""
     gradients: bool = False
     """Whether the calls need autograd."""
 
@@ -126,10 +132,27 @@ class Session:
             outcomes = self._done[key] = self._measure(made)
             base = outcomes[made.baseline].samples if made.baseline in outcomes else {}
             rows = [r for name in outcomes for r in self._rows(made, name, outcomes[name], base)]
-            self.rows += rows
-            if self.folder:
-                Store(self.folder, made.op).add(rows, self.run)
+            self._keep(made.op, rows)
         return self._done[key][variant]
+
+    def add_mean(
+        self, op: str, case: str, variant: str, dtype: str, seconds: list[float], note: str
+    ) -> None:
+        """A row of calls that differ, such as pictures of a set: p50 is their mean."""
+        mean = sum(seconds) / len(seconds)
+        row = {
+            **{"op": op, "case": case, "dtype": dtype, "variant": variant, "mode": "once"},
+            **{"threads": torch.get_num_threads(), "status": "measured", "note": note},
+            **{"samples": len(seconds), "p50_ms": _round(mean, 1e3), "baseline": ""},
+            **{"min_ms": _round(min(seconds), 1e3), "first_ms": _round(seconds[0], 1e3)},
+            "peak_mib": None,
+        }
+        self._keep(op, [row])
+
+    def _keep(self, op: str, rows: list[dict[str, Any]]) -> None:
+        self.rows += rows
+        if self.folder:
+            Store(self.folder, op).add(rows, self.run)
 
     def _measure(self, subject: Subject) -> dict[str, Outcome]:
         outcomes, calls = {}, {}
@@ -143,18 +166,18 @@ class Session:
                         calls[name] = self._first(subject, name, make, outcomes[name])
                     except ERRORS as error:
                         outcomes[name].status, outcomes[name].note = _reason(error)
-            for mode in self.modes:
+            for mode in subject.modes or self.modes:
                 self._turns(calls, mode, outcomes)
         for name, outcome in outcomes.items():
             if subject.at and outcome.samples:
                 samples = next(iter(outcome.samples.values()))
                 point = subject.at.measured(quantile(samples, 0.5), outcome.peak)
-                self._points[subject.op, name].append(point)
+                self._points[subject.op + subject.series, name].append(point)
         return outcomes
 
     def _modelled(self, subject: Subject, name: str) -> Outcome | None:
         """The outcome of a variant that would take too long or too much memory here."""
-        points = self._points[subject.op, name]
+        points = self._points[subject.op + subject.series, name]
         at = subject.at and predict(points, subject.at.pixels, subject.at.exps)
         if not at:
             return None
@@ -178,6 +201,7 @@ class Session:
         to.error = subject.check(name, result)
         del result
         to.peak = peak_memory(made[0], self.device)
+        to.note = subject.describe(name)
         return made[0]
 
     def _turns(self, calls: Mapping[str, Call], mode: str, outcomes: Mapping[str, Outcome]) -> None:
@@ -256,7 +280,7 @@ def _reason(error: BaseException) -> tuple[str, str]:
     """Status and note of a variant that failed."""
     if is_out_of_memory(error):
         return "does not fit", _line(error)
-    if isinstance(error, NotRun):
+    if isinstance(error, (NotRun, ImportError)):
         return "not run", _line(error)
     return "wrong" if isinstance(error, AssertionError) else "failed", _line(error)
 
