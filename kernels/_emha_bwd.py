@@ -1,8 +1,13 @@
 """Backward of the segment attention, and the pieces that both directions share.
 
 Probabilities are recomputed from the log-sum-exp. One kernel streams over the keys for dQ and
-leaves delta, the sum over channels of dO x O for every query; one streams over the queries for dK
-and dV. No atomics: the gradients are the same in every run.
+leaves two numbers for every query: norm, which makes the recomputed probabilities add up to 1 (a
+log-sum-exp of 1e4 in float32 is off by 1e-3), and norm times delta, the sum over channels of
+dO x O. One streams over the queries for dK and dV. No atomics: the gradients are the same in every
+run.
+
+delta from the stored O is off by the rounding of O, which large keys multiply; the rows of the
+gradient of the scores add up to 0, and what they miss corrects it.
 """
 
 from __future__ import annotations
@@ -57,7 +62,7 @@ def store_heads(rows, values, left, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "length"])
 def _emha_bwd_query_kernel(
-    qkv_ptr, grad_out_ptr, out_ptr, lse_ptr, delta_ptr, grad_ptr, T, length,
+    qkv_ptr, grad_out_ptr, out_ptr, lse_ptr, norm_ptr, grad_ptr, T, length,
     stride_n, stride_t, stride_gn, stride_gt, scale,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -75,31 +80,39 @@ def _emha_bwd_query_kernel(
         out = load_heads(out_ptr + row * WIDTH + head * D + column, end - first, D, True)
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
         lane = (n * HEADS + head) * T + token
-        tl.store(delta_ptr + lane, delta, mask=token < end)
         lse = tl.load(lse_ptr + lane, mask=token < end, other=0.0) * LOG2E
         key = begin + tl.arange(0, BLOCK_N)
         k_rows = rows + WIDTH + key[:, None].to(tl.int64) * stride_t
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc = tl.zeros((BLOCK_M, DP), tl.float32)
+        keys = tl.zeros((BLOCK_M, DP), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        rest = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(begin, end, BLOCK_N):
             k = load_heads(k_rows, end - start, D, True)
             v = load_heads(k_rows + WIDTH, end - start, D, True)
             scores = dot(q, tl.trans(k), zeros, PRECISION)
             p = tl.exp2(scores * scale - lse[:, None])
             p = tl.where((start + tl.arange(0, BLOCK_N) < end)[None, :], p, 0.0)
+            total += tl.sum(p, axis=1)
+            keys = dot(p.to(k.dtype), k, keys, PRECISION)
             grad_p = dot(grad, tl.trans(v), zeros, PRECISION)
             grad_scores = p * (grad_p - delta[:, None])
+            rest += tl.sum(grad_scores, axis=1)
             acc = dot(grad_scores.to(k.dtype), k, acc, PRECISION)
             k_rows += BLOCK_N * stride_t
-        store_heads(
-            grad_ptr + row * (3 * WIDTH) + head * D + column,
-            acc * (scale / LOG2E), end - first, D,
-        )  # fmt: skip
+        norm = 1.0 / total
+        delta += rest * norm
+        acc -= (rest * norm)[:, None] * keys
+        tl.store(norm_ptr + lane * 2, norm, mask=token < end)
+        tl.store(norm_ptr + lane * 2 + 1, norm * delta, mask=token < end)
+        grad_rows = grad_ptr + row * (3 * WIDTH) + head * D + column
+        store_heads(grad_rows, acc * (norm * (scale / LOG2E))[:, None], end - first, D)
 
 
 @triton.jit(do_not_specialize=["T", "length"])
 def _emha_bwd_key_kernel(
-    qkv_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_ptr, T, length,
+    qkv_ptr, grad_out_ptr, lse_ptr, norm_ptr, grad_ptr, T, length,
     stride_n, stride_t, stride_gn, stride_gt, scale,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -122,12 +135,14 @@ def _emha_bwd_key_kernel(
         grad_k = tl.zeros((BLOCK_N, DP), tl.float32)
         grad_v = tl.zeros((BLOCK_N, DP), tl.float32)
         for start in range(begin, end, BLOCK_M):
-            # Queries behind the end: q, dO, lse and delta are 0, so they add 0.
+            # Queries behind the end: q, dO, lse, norm and delta are 0, so they add 0.
             ok = query < end - (start - begin)
             q = load_heads(q_rows, end - start, D, True)
             grad = load_heads(grad_rows, end - start, D, True)
             lse = tl.load(lse_ptr + lane, mask=ok, other=0.0) * LOG2E
-            delta = tl.load(delta_ptr + lane, mask=ok, other=0.0)
+            norm = tl.load(norm_ptr + lane * 2, mask=ok, other=0.0)
+            delta = tl.load(norm_ptr + lane * 2 + 1, mask=ok, other=0.0)
+            grad = (grad.to(tl.float32) * norm[:, None]).to(grad.dtype)
             scores = dot(k, tl.trans(q), zeros, PRECISION)
             p = tl.exp2(scores * scale - lse[None, :])
             grad_v = dot(p.to(grad.dtype), grad, grad_v, PRECISION)
@@ -176,19 +191,19 @@ def emha_backward(
     options = dict(_config(qkv, length, padded, product == "tf32x3"))
     options |= {"HEADS": heads, "D": width // heads, "DP": padded, "PRECISION": product}
     grad_qkv = torch.empty((n, tokens, 3 * width), dtype=qkv.dtype, device=qkv.device)
-    delta = torch.empty_like(lse)
+    norm = lse.new_empty((*lse.shape, 2))  # norm, norm x delta
     shape = (tokens, length, *qkv.stride()[:2], *grad_out.stride()[:2], exp2_scale(width // heads))
     segments = n * triton.cdiv(tokens, length) * heads
     launch(
         _emha_bwd_query_kernel,
         segments * triton.cdiv(length, options["BLOCK_M"]),
-        *(qkv, grad_out, out.contiguous(), lse.contiguous(), delta, grad_qkv, *shape),
+        *(qkv, grad_out, out.contiguous(), lse.contiguous(), norm, grad_qkv, *shape),
         **options,
     )
     launch(
         _emha_bwd_key_kernel,
         segments * triton.cdiv(length, options["BLOCK_N"]),
-        *(qkv, grad_out, lse.contiguous(), delta, grad_qkv, *shape),
+        *(qkv, grad_out, lse.contiguous(), norm, grad_qkv, *shape),
         **options,
     )
     return grad_qkv

@@ -48,6 +48,22 @@ if triton.knobs.runtime.interpret:
 
     interpreter._patch_lang_tensor = _patch_tensor
 
+    # It patches triton.language again for every call of a helper, 2 ms each: once in a kernel does.
+    _patched: set[int] = set()
+
+    def _patch_once(function: Any, patch: Any = interpreter._patch_lang) -> Any:
+        first, names = not _patched, id(function.__globals__)
+        if names in _patched:
+            return None
+        _patched.add(names)
+        scope = patch(function)
+        if first:  # the kernel itself
+            restore = scope.restore
+            scope.restore = lambda: (restore(), _patched.clear())
+        return scope
+
+    interpreter._patch_lang = _patch_once
+
 _recorder: ContextVar[list[Launch] | None] = ContextVar("efrdn_fast_launches", default=None)
 
 
