@@ -1,21 +1,24 @@
-"""Colours that Pillow cannot hold: 16-bit colour and floating TIFF, decoded by OpenCV.
+"""Pixels that Pillow cannot hold: 16-bit colour and floating TIFF by OpenCV, gray + alpha here.
 
-The result is compared with what Pillow says of the file, so a layout that OpenCV misreads is an
-error and never a wrong picture.
+What OpenCV makes of 16-bit colour is compared with what Pillow says of the file, so a layout that
+it misreads is an error and never a wrong picture.
 """
 
 from __future__ import annotations
 
 import io
+import zlib
 
 import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-__all__ = ["colour16", "float_colour", "tiff_tags", "unit_range"]
+__all__ = ["colour16", "float_colour", "gray_alpha", "tiff_tags", "unit_range"]
 
 WIDTH, HEIGHT, BITS, EXTRA, FORMAT = 256, 257, 258, 338, 339
-FLOATING = 3
+COMPRESSION, OFFSETS, STRIP_ROWS, SIZES, PLANES, PREDICTOR = 259, 273, 278, 279, 284, 317
+FLOATING, PREMULTIPLIED = 3, 1
+DEFLATE = (8, 32946)
 
 
 def colour16(image: Image.Image, data: bytes) -> np.ndarray:
@@ -67,15 +70,12 @@ def float_colour(data: bytes, tags: dict, max_pixels: int) -> np.ndarray | None:
     bits, formats = (_tuple(tags.get(tag, ())) for tag in (BITS, FORMAT))
     if len(bits) < 3 or FLOATING not in formats:
         return None
-    width, height = (tags.get(tag, 0) for tag in (WIDTH, HEIGHT))
-    if width * height > max_pixels:
-        raise ValueError(
-            f"{width}x{height} px is over the limit of {max_pixels} px (a decompression bomb?); "
-            "raise it with --max-pixels if you trust the file"
-        )
-    if tags[0]:
-        raise ValueError("has several pages; save them as single images first")
-    if set(bits) != {32} or set(formats) != {FLOATING} or 1 in _tuple(tags.get(EXTRA, ())):
+    width, height = _size(tags, max_pixels)
+    if (
+        set(bits) != {32}
+        or set(formats) != {FLOATING}
+        or PREMULTIPLIED in _tuple(tags.get(EXTRA, ()))
+    ):
         raise ValueError(
             f"floating TIFF of {bits[0]} bits or with premultiplied alpha; "
             "save it with 32 bits and plain alpha first"
@@ -86,6 +86,59 @@ def float_colour(data: bytes, tags: dict, max_pixels: int) -> np.ndarray | None:
     if sorted(decoded.shape[:2]) != sorted((width, height)) or decoded.shape[2] != len(bits):
         raise ValueError("floating colour in a layout that OpenCV misreads; save it uncompressed")
     return unit_range(_rgb(decoded))
+
+
+def gray_alpha(data: bytes, tags: dict, max_pixels: int) -> np.ndarray | None:
+    """`[H, W, 2]` of a TIFF of 16-bit or floating gray + alpha; None where `tags` tell of another.
+
+    Raises:
+        ValueError: Too large, several pages, damaged, or stored otherwise than as strips that are
+            plain or deflated.
+    """
+    bits, formats = (_tuple(tags.get(tag, ())) for tag in (BITS, FORMAT))
+    dtype = {((16, 16), ()): np.uint16, ((16, 16), (1, 1)): np.uint16}.get((bits, formats))
+    dtype = np.float32 if (bits, formats) == ((32, 32), (FLOATING, FLOATING)) else dtype
+    if dtype is None:
+        return None
+    width, height = _size(tags, max_pixels)
+    compression, predictor = tags.get(COMPRESSION, 1), tags.get(PREDICTOR, 1)
+    plain = tags.get(PLANES, 1) == 1 and PREMULTIPLIED not in _tuple(tags.get(EXTRA, ()))
+    if not plain or compression not in (1, *DEFLATE) or predictor not in (1, 2):
+        raise ValueError(
+            "gray + alpha in a layout that cannot be read; save it as 16-bit PNG first"
+        )
+    order = "<" if data[:2] == b"II" else ">"
+    wanted = width * height * 2 * np.dtype(dtype).itemsize
+    rows = bytearray()
+    try:
+        for offset, size in zip(_tuple(tags[OFFSETS]), _tuple(tags[SIZES]), strict=True):
+            strip = data[offset : offset + size]
+            unpacker = zlib.decompressobj()
+            rows += (
+                strip if compression == 1 else unpacker.decompress(strip, wanted - len(rows) + 1)
+            )
+        pixels = np.frombuffer(rows, np.dtype(dtype).newbyteorder(order))
+        pixels = pixels.astype(dtype).reshape(height, width, 2)
+    except (KeyError, ValueError, TypeError, zlib.error) as error:
+        raise ValueError(f"damaged or truncated TIFF file: {error}") from error
+    if predictor == 2 and dtype is np.uint16:
+        pixels = pixels.cumsum(axis=1, dtype=np.uint16)
+    return pixels if dtype is np.uint16 else unit_range(pixels)
+
+
+def _size(tags: dict, max_pixels: int) -> tuple[int, int]:
+    """Width and height of a TIFF of one page, within the limit."""
+    width, height = (tags.get(tag, 0) for tag in (WIDTH, HEIGHT))
+    if not (isinstance(width, int) and isinstance(height, int) and width > 0 < height):
+        raise ValueError(f"damaged TIFF file: {width}x{height} px")
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{width}x{height} px is over the limit of {max_pixels} px (a decompression bomb?); "
+            "raise it with --max-pixels if you trust the file"
+        )
+    if tags[0]:
+        raise ValueError("has several pages; save them as single images first")
+    return width, height
 
 
 def unit_range(pixels: np.ndarray) -> np.ndarray:

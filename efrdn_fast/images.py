@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from .checkpoint import atomic_write
-from .deep import colour16, float_colour, tiff_tags, unit_range
+from .deep import colour16, float_colour, gray_alpha, tiff_tags, unit_range
 from .encode import FORMATS, check_output, encode
 from .metadata import ORIENTATION, Metadata, collect, collect_tiff
 
@@ -68,10 +68,13 @@ def read(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Picture:
         raise ValueError(f"{path}: the file is empty (0 bytes)")
     try:
         tags = tiff_tags(data)
-        pixels = float_colour(data, tags, max_pixels)
+        orientation = tags.get(ORIENTATION, 1)
+        turned = orientation != 1
+        pixels = gray_alpha(data, tags, max_pixels)
+        if pixels is None:
+            pixels, orientation = float_colour(data, tags, max_pixels), 1  # OpenCV turns it
         if pixels is not None:
-            extension, orientation = ".tiff", 1  # OpenCV has turned it
-            metadata, turned = collect_tiff(data), tags.get(ORIENTATION, 1) != 1
+            extension, metadata = ".tiff", collect_tiff(data)
         else:
             pixels, metadata, orientation, extension = _read_pillow(data, max_pixels)
             turned = orientation != 1

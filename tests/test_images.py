@@ -93,7 +93,6 @@ LOSSLESS = [
     for channels in (1, 2, 3, 4)
     for dtype in (np.uint8, np.uint16)
     if ext != ".bmp" or (channels in (1, 3) and dtype is np.uint8)
-    if not (ext in (".tif", ".tiff") and channels == 2 and dtype is np.uint16)  # Pillow opens none
 ]
 
 
@@ -393,6 +392,41 @@ def test_float_tiff_means_the_same_to_other_readers(tmp_path, channels):
     assert again.metadata.icc == SRGB and again.metadata.dpi == (300, 300)
     assert again.metadata.xmp == XMP.replace(b'"6"', b'"1"')
     assert parse_exif(again.metadata.exif)[MODEL] == "Model 7"
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"byteorder": ">"}], ids=str)
+def test_gray_and_alpha_of_another_tiff_writer(tmp_path, dtype, options):
+    import tifffile
+
+    pixels = np.random.default_rng(0).random((40, 7, 2), np.float32)
+    pixels = pixels if dtype is np.float32 else (pixels * 65535).astype(np.uint16)
+    about = {"photometric": "minisblack", "extrasamples": ["unassalpha"], "metadata": None}
+    orientation = {"extratags": [(ORIENTATION, 3, 1, 6, True)], "rowsperstrip": 16}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **about, **orientation, **options)
+    upright = pixels.swapaxes(0, 1)[:, ::-1]
+    np.testing.assert_array_equal(read(tmp_path / "a.tif").pixels, upright)
+
+
+@pytest.mark.parametrize("change", ["lzw", "short", "garbage", "premultiplied"])
+def test_gray_and_alpha_that_cannot_be_read(tmp_path, change):
+    import tifffile
+
+    path, pixels = tmp_path / "a.tif", noise(40, 7, 2, np.uint16)
+    alpha = "assocalpha" if change == "premultiplied" else "unassalpha"
+    options = {"photometric": "minisblack", "extrasamples": [alpha], "compression": "zlib"}
+    tifffile.imwrite(path, pixels, metadata=None, **options)
+    data = bytearray(path.read_bytes())
+    if change == "lzw":
+        at = data.index(struct.pack("<HHI", 259, 3, 1))
+        data[at + 8] = 5
+    elif change == "short":
+        del data[-40:]
+    elif change == "garbage":
+        data[-200:-100] = bytes(100)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"layout that cannot be read|damaged or truncated"):
+        read(path)
 
 
 def test_floating_pixels_that_are_not_finite_are_refused(tmp_path):
