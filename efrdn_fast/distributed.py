@@ -8,6 +8,7 @@ pass that of one process; so the weights are those of a single process but for r
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,9 +36,19 @@ class World:
         """Whether this is the process that writes files and messages."""
         return self.rank == 0
 
+    def device(self, name: str | None) -> str | None:
+        """`name`, but this process's own GPU where "cuda" or nothing is asked for."""
+        if self.size > 1 and name in (None, "cuda") and torch.cuda.is_available():
+            return f"cuda:{self.local_rank}"
+        return name
+
     def shard(self, items: list) -> list:
         """This process's items: every `size`-th one from `rank` on."""
         return items[self.rank :: self.size]
+
+    def owns(self, name: str) -> bool:
+        """Whether this process does the item called `name`; does not depend on other items."""
+        return zlib.crc32(os.fsencode(name)) % self.size == self.rank
 
     def total(self, *values: float) -> list[float]:
         """Sum of every value over the processes, the same in all of them."""

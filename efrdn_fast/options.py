@@ -33,7 +33,7 @@ class TrainOptions:
     batch_size: int = 16
     """Patches in a step."""
     total_iter: int = 1_000_000
-    """Steps; the paper gives no count."""
+    """Steps; the paper gives no count. 0 with fit_tails only fits the tails."""
     lr: float = 2e-4
     """Peak learning rate of Adam."""
     lr_min: float = 6.25e-6
@@ -70,9 +70,13 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         EFRDNConfig(scale=self.scale, module=self.module, ablation=self.ablation, fold=self.fold)
-        for name in ("patch_size", "batch_size", "total_iter"):
+        for name in ("patch_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train: {name} must be at least 1, got {getattr(self, name)}")
+        if self.total_iter < (0 if self.fit_tails > 0 else 1):
+            raise ValueError(
+                f"train: total_iter must be at least 1 (0 with fit_tails), got {self.total_iter}"
+            )
         if self.patch_size < 3:
             raise ValueError(f"train: patch_size must be at least 3, got {self.patch_size}")
         for name, choices in (("autocast", AUTOCAST), ("loss", LOSSES), ("attention", ATTENTION)):
@@ -93,7 +97,7 @@ class TrainOptions:
             raise ValueError(f"train: ema_decay must be in [0, 1), got {self.ema_decay}")
         if not (self.lr > 0 and 0 <= self.lr_min <= self.lr):
             raise ValueError(f"train: need 0 <= lr_min <= lr, got {self.lr_min} and {self.lr}")
-        if not 0 <= self.warmup < self.total_iter:
+        if not 0 <= self.warmup < max(1, self.total_iter):
             raise ValueError(f"train: warmup must be in [0, total_iter), got {self.warmup}")
         if self.fit_tails < 0:
             raise ValueError(f"train: fit_tails must not be negative, got {self.fit_tails}")

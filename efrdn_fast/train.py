@@ -271,22 +271,22 @@ def _train(
     patches = Patches(cache, options.manual_seed)
     for patch, _ in options.all_sizes():
         patches.ends(patch)  # raises when no image is large enough
-    several_gpus = world.size > 1 and run.device == "cuda"
-    device = f"cuda:{world.local_rank}" if several_gpus else run.device
-    trainer = Trainer(options, device, world)
+    trainer = Trainer(options, world.device(run.device), world)
     state = out / "state.pt" if resume == "auto" else Path(resume) if resume else None
-    if state is not None and (state.is_file() or resume != "auto"):
+    resumed = state is not None and (state.is_file() or resume != "auto")
+    if resumed:
         if not state.is_file():
             raise FileNotFoundError(f"no training state at {str(state)!r} to resume from")
         trainer.restore(state)
-    if options.fit_tails and trainer.step == 0:
-        # From samples that no step of the run draws.
-        first = options.total_iter
-        fit_tails(trainer.net, loader(patches, options.sizes, first, first + options.fit_tails))
-        trainer.ema.module.load_state_dict(trainer.net.state_dict())
     if run.compile:
         trainer.forward = torch.compile(trainer.forward)
     session = _Session(trainer, run, cache, val_cache, data)
+    if options.fit_tails and not resumed:
+        # From samples that no step of the run draws.
+        first = options.total_iter
+        fit_tails(trainer.net, loader(patches, options.sizes, first, first + options.fit_tails))
+        trainer.averaged().load_state_dict(trainer.net.state_dict())
+        session.save()
     try:
         batches = loader(
             *(patches, options.sizes, trainer.step, options.total_iter, run.num_workers),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from efrdn_fast import checkpoint
 from efrdn_fast.model import EFRDN
 from efrdn_fast.options import PRESETS, RunOptions, TrainOptions
 from efrdn_fast.train import Trainer, train
+from efrdn_fast.warmstart import fit_tails
 
 # Without FFLB a step takes a quarter of the time; the trainer does not see the difference.
 TINY = {
@@ -152,6 +154,97 @@ def test_warm_start_takes_all_weights_and_resamples_the_tails_of_another_scale(t
         Trainer(TrainOptions(init=str(source)))  # the full network has more keys
 
 
+def test_fitted_tails_are_the_least_squares_solution(photos, tmp_path):
+    torch.manual_seed(0)
+    net = EFRDN(2, ablation="no_fflb")
+    lr = torch.randint(0, 256, (2, 3, 12, 12), dtype=torch.uint8)
+    hr = lr.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def gradients():
+        tails = (net.reconstruct_deep.conv2.weight, net.reconstruct_shallow.conv.weight)
+        loss = (net.eval()(lr.float() / 255) - hr.float() / 255).square().mean()
+        return loss.item(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, tails)])
+
+    before, slope = gradients()
+    fit_tails(net, [(lr, hr)])
+    after, flat = gradients()
+    assert after < 0.1 * before
+    assert flat.abs().max() < 1e-3 * slope.abs().max()
+
+
+def test_run_without_steps_saves_the_fitted_tails_and_resumes_as_it_is(photos, tmp_path):
+    source = checkpoint.save(EFRDN(4, ablation="no_fflb"), tmp_path / "x4.safetensors")
+    options = TrainOptions(
+        **{**TINY, "total_iter": 0, "warmup": 0, "scale": 2, "init": str(source), "fit_tails": 1}
+    )
+    path = train([photos], options, run_options(tmp_path))
+    fitted = load_file(path)
+    start = Trainer(options).net.state_dict()
+    different = {k for k in start if not torch.equal(start[k], fitted[k])}
+    assert {k.rsplit(".", 1)[0] for k in different} == {
+        "reconstruct_deep.conv2",
+        "reconstruct_shallow.conv",
+    }
+    assert checkpoint.load(path).training["steps"] == 0
+    assert_same_weights(load_file(train([photos], options, run_options(tmp_path))), fitted)
+
+
+def test_stages_late_loss_and_frozen_statistics(photos, tmp_path, monkeypatch):
+    seen = []
+    step = Trainer.train_step
+
+    def spy(self, lr, hr):
+        before = self.norms[0].running_mean.clone()
+        value = step(self, lr, hr)
+        moved = not torch.equal(before, self.norms[0].running_mean)
+        seen.append((tuple(lr.shape), self.options.loss_at(self.step - 1), moved))
+        return value
+
+    monkeypatch.setattr(Trainer, "train_step", spy)
+    options = TrainOptions(
+        **{**TINY, "total_iter": 4, "stages": "5x3@0.25", "last_loss": "l2"},
+        last_loss_from=0.5,
+        freeze_bn_from=0.75,
+    )
+    train([photos], options, run_options(tmp_path))
+    assert seen == [
+        ((3, 3, 5, 5), "l1", True),
+        ((2, 3, 6, 6), "l1", True),
+        ((2, 3, 6, 6), "l2", True),
+        ((2, 3, 6, 6), "l2", False),
+    ]
+
+
+def test_checkpoint_files_of_the_full_network_are_small(tmp_path):
+    trainer = Trainer(TrainOptions(patch_size=6, batch_size=1))
+    trainer.train_step(
+        torch.zeros(1, 3, 6, 6, dtype=torch.uint8), torch.zeros(1, 3, 24, 24, dtype=torch.uint8)
+    )
+    trainer.save(tmp_path, {})
+    sizes = {path.name: path.stat().st_size / 2**20 for path in tmp_path.iterdir()}
+    assert sizes.keys() == {"state.pt", "net.safetensors"}
+    assert 12 < sizes["state.pt"] < 16 and sizes["net.safetensors"] < 3.3
+
+
+def test_state_without_the_youngest_options_is_still_read(photos, tmp_path):
+    train([photos], TrainOptions(**{**TINY, "total_iter": 2}), run_options(tmp_path))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    del state["options"]["stages"], state["options"]["freeze_bn_from"]
+    torch.save(state, tmp_path / "state.pt")
+    train([photos], TrainOptions(**{**TINY, "total_iter": 2}), run_options(tmp_path))
+
+
+def test_unreadable_training_image_is_left_out_or_an_error(photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    (folder / "broken.png").write_bytes(b"not a picture")
+    options = TrainOptions(**{**TINY, "total_iter": 1, "warmup": 0})
+    with pytest.warns(UserWarning, match=r"broken\.png is unreadable and left out"):
+        train([folder], options, run_options(tmp_path / "a"))
+    with pytest.raises(ValueError, match=r"broken\.png is unreadable"):
+        train([folder], options, run_options(tmp_path / "b", strict=True))
+
+
 def test_loss_falls_and_average_follows(photos):
     trainer = Trainer(TrainOptions(**{**TINY, "total_iter": 40, "ema_decay": 0.5}))
     generator = torch.Generator().manual_seed(0)
@@ -243,6 +336,12 @@ def test_defaults_are_the_papers_recipe():
         ({"lr": 0.0}, "lr_min <= lr"),
         ({"warmup": 2_000_000}, "warmup must be in"),
         ({"grad_clip": -1}, "grad_clip must not be negative"),
+        ({"total_iter": 0}, "total_iter must be at least 1"),
+        ({"fit_tails": -1}, "fit_tails must not be negative"),
+        ({"stages": "24x8"}, "stages must be PATCHxBATCH@SHARE"),
+        ({"stages": "24x8@0.5,32x4@0.4"}, "with shares that grow"),
+        ({"last_loss": "l3"}, "last_loss must be one of"),
+        ({"freeze_bn_from": 1.5}, r"freeze_bn_from must be in \[0, 1\]"),
     ],
 )
 def test_options_reject(change, message):
