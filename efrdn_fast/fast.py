@@ -141,7 +141,7 @@ class EFRDNFast(EFRDN):
         if lasting and packed and packed[0] == fingerprint and key in packed[1]:
             return packed[1][key]
         like = torch.empty(0, dtype=compute, device=device)
-        plan = _plan(backend, like)
+        plan = dispatch.plan(OPS, backend, like)
         # Aliases keep the memory, so that no new weight can come to lie at an old address.
         net = _Packed(self, Target(compute, plan), [w.detach() for w in weights])
         if lasting:
@@ -230,17 +230,6 @@ def _check_choices(backend: str, dtype: str) -> None:
         table = {row.backend: row.reason for row in dispatch.backends()}
         names = ", ".join(f"{n} (not here: {why})" if why else n for n, why in table.items())
         raise ValueError(f"EFRDNFast: backend must be one of auto, {names}; got {backend!r}")
-
-
-def _plan(backend: str, like: Tensor) -> dict[str, str]:
-    """Op -> backend: the one that is named serves the ops it has, the reference the rest."""
-    serving = {op: {impl.backend for impl in dispatch.implementations(op)} for op in OPS}
-    if backend != "auto" and not any(backend in names for names in serving.values()):
-        dispatch.choose(OPS[0], backend, like)  # raises: it would serve nothing
-    return {
-        op: dispatch.choose(op, backend if backend in {"auto", *names} else "reference", like)
-        for op, names in serving.items()
-    }
 
 
 def _traced(x: Tensor) -> bool:

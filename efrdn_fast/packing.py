@@ -7,6 +7,7 @@ has no packed form runs as the module it is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from .transformer import TransformerBlock
 
 __all__ = ["OPS", "Conv", "PackedACDM", "PackedGConv", "PackedTransformer", "Target", "pack_body"]
 
-OPS = ("gcrb", "acrb_out")
+OPS = ("gcrb", "acrb_out", "emha")
 """Ops of `functional` that the packed network calls; each has a backend of its own."""
 
 Map = Callable[[Tensor], Tensor]
@@ -309,7 +310,7 @@ class PackedTransformer:
         self.proj = take(emha.proj.weight), take(emha.proj.bias)
         self.fc1 = take(mlp.fc1.weight, 1), to.weight(mlp.fc1.bias)
         self.fc2 = take(mlp.fc2.weight), take(mlp.fc2.bias)
-        self.emha, self.mean = emha, block.fold == "mean"
+        self.emha, self.mean, self.backend = emha, block.fold == "mean", to.plan["emha"]
 
     def norm(self, t: Tensor, which: int) -> Tensor:
         weight, bias, eps = self.norms[which]
@@ -318,11 +319,11 @@ class PackedTransformer:
     def __call__(self, x: Tensor) -> Tensor:
         t = tokens.unfold(x)  # [N, H W, 9 C]
         qkv = F.linear(F.linear(self.norm(t, 0), self.reduce), self.qkv)
+        heads, length = self.emha.heads, self.emha.segment_length(t.shape[1])
         attention = self.emha.attention
         if attention is reference.emha:  # nothing else was asked for by `set_attention`
-            attention = reference.emha_sdpa
-        length = self.emha.segment_length(t.shape[1])
-        t += F.linear(attention(qkv, self.emha.heads, length), *self.proj)  # (28)
+            attention = functools.partial(functional.emha, backend=self.backend)
+        t += F.linear(attention(qkv, heads, length), *self.proj)  # (28)
         del qkv
         t += F.linear(F.linear(self.norm(t, 1), *self.fc1).relu_(), *self.fc2)  # (29)
         return tokens.fold(t, x.shape, self.mean)

@@ -21,6 +21,8 @@ __all__ = [
     "acrb_out_cpu",
     "acrb_out_cuda",
     "conv3x3_cuda",
+    "emha_backward_cpu",
+    "emha_cpu",
     "gcrb_backward_cpu",
     "gcrb_backward_cuda",
     "gcrb_cpu",
@@ -96,3 +98,11 @@ def acrb_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
 
 def conv3x3_cuda(*args: Any) -> Tensor:
     return _op("conv3x3_cuda")(*args, torch.backends.cudnn.allow_tf32)
+
+
+def emha_cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    return _op("emha_cpu")(*args)
+
+
+def emha_backward_cpu(*args: Any) -> Tensor:
+    return _op("emha_backward_cpu")(*args)
