@@ -7,7 +7,10 @@ import argparse
 HELP = "train EFRDN on a folder of images"
 
 
-def _add_fields(parser: argparse.ArgumentParser, record: type, title: str) -> None:
+def add_fields(
+    parser: argparse.ArgumentParser, record: type, title: str, leave_out: tuple[str, ...] = ()
+) -> None:
+    """Flags for the fields of a dataclass of options; absent from the result when not given."""
     import ast
     import dataclasses
     import inspect
@@ -23,6 +26,8 @@ def _add_fields(parser: argparse.ArgumentParser, record: type, title: str) -> No
     }
     group = parser.add_argument_group(title)
     for field in dataclasses.fields(record):
+        if field.name in leave_out:
+            continue
         flag = "--" + field.name.replace("_", "-")
         text = f"{docs[field.name]} Default: {field.default}.".replace("%", "%%")
         if isinstance(field.default, bool):
@@ -70,25 +75,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only look, by content, for images of the benchmark sets in DIR among the training "
         "images: cropped, resized, recompressed or turned ones too. Exit status 1 if there are any",
     )
-    _add_fields(parser, TrainOptions, "recipe (decides the weights)")
-    _add_fields(parser, RunOptions, "run")
+    add_fields(parser, TrainOptions, "recipe (decides the weights)")
+    add_fields(parser, RunOptions, "run")
 
 
-def run(args: argparse.Namespace) -> int:
+def chosen_options(args: argparse.Namespace):
+    """`TrainOptions` and `RunOptions` of the preset and the flags."""
     import dataclasses
 
-    from ..distributed import world
     from ..options import PRESETS, RunOptions, TrainOptions
-    from ..train import train
 
     given = vars(args)
-    if args.check_images is not None:
-        return _check_images(args.data, args.check_images, strict=given.get("strict", False))
     chosen = {f.name: given[f.name] for f in dataclasses.fields(TrainOptions) if f.name in given}
-    options = TrainOptions(**{**PRESETS[args.preset], **chosen})
     run_options = RunOptions(
         **{f.name: given[f.name] for f in dataclasses.fields(RunOptions) if f.name in given}
     )
+    return TrainOptions(**{**PRESETS[args.preset], **chosen}), run_options
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..distributed import world
+    from ..train import train
+
+    if args.check_images is not None:
+        return _check_images(args.data, args.check_images, strict=getattr(args, "strict", False))
+    options, run_options = chosen_options(args)
     resume = None if args.resume == "never" else args.resume
     path = train(args.data, options, run_options, resume=resume)
     if world().is_first:
