@@ -15,12 +15,14 @@ EXTRAS = {
     "train": ["tensorboard>=2.15"],
     "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
     "images": ["opencv-python-headless>=4.12"],
+    "video": ["av>=18; python_version >= '3.11'"],  # it has no wheels for 3.10
     # Pins its parts to one release, that of the cuda-toolkit which torch brings.
     "cuda": ["cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]>=13; platform_system == 'Linux'"],
     "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"],
     "test": ["pytest>=8", "hypothesis>=6", "scikit-image>=0.24"],
 }
-EXTRAS["test"] += EXTRAS["export"] + EXTRAS["images"] + EXTRAS["train"] + EXTRAS["bench"]
+for extra in ("export", "images", "video", "train", "bench"):
+    EXTRAS["test"] += EXTRAS[extra]
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.9", "pre-commit>=3", "build>=1"]
 
 setup(

@@ -11,18 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from . import images
+from . import images, video
 from .encode import FORMATS, check_output
 from .images import STREAM, Picture
 from .inference import Progress
 from .metadata import Metadata
 from .upscaler import Upscaler
 
-__all__ = ["Job", "Result", "plan", "process"]
+__all__ = ["Job", "Result", "is_video", "plan", "process"]
 
+WRITABLE_VIDEOS = tuple(ext for ext in video.EXTENSIONS if ext != ".avi")
 READ_EXTENSIONS = (*FORMATS, ".gif", ".jfif")
 # What one bad file may raise; anything else is a bug and stops the run.
-FILE_ERRORS = (ValueError, TypeError, OSError, MemoryError, RuntimeError)
+FILE_ERRORS = (ValueError, TypeError, OSError, MemoryError, RuntimeError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,23 @@ def plan(
     extension (default: beside the file). The suffix is by default `_x<scale>` for results beside
     their source and empty elsewhere; `ext` "auto" keeps the extension where it can be written and
     is .png otherwise. Results of an earlier run that lie among the inputs are not upscaled again.
-    `-` is standard input or output, for one image.
+    Videos are taken one by one, not from folders, and keep their extension but for .avi, which
+    becomes .mkv. `-` is standard input or output, for one image.
 
     Raises:
         ValueError: `output` names one file for several inputs, or `-` stands where it cannot.
     """
     if STREAM in (output, *inputs):
         return [_stream(inputs, output, ext)]
-    exact = output is not None and output.suffix.lower() in FORMATS and not output.is_dir()
+    named = output is not None and output.suffix.lower() in (*FORMATS, *WRITABLE_VIDEOS)
+    exact = named and not output.is_dir()
     if exact and (len(inputs) > 1 or inputs[0].is_dir()):
         raise ValueError(f"output {str(output)!r} is one file, but there may be several results")
     if exact:
-        same = _key(output) == _key(inputs[0])
-        return [Job(inputs[0], output, error=f"{output} is the input itself" if same else "")]
+        error = f"{output} is the input itself" if _key(output) == _key(inputs[0]) else ""
+        if is_video(inputs[0]) != is_video(output):
+            error = f"{inputs[0]} cannot become {output}: one is a video, the other an image"
+        return [Job(inputs[0], output, error=error)]
     jobs = []
     for path in inputs:
         if not path.is_dir():
@@ -114,14 +119,16 @@ def process(
     strip_metadata: bool = False,
     scale_dpi: bool = False,
     max_pixels: int = images.MAX_PIXELS,
+    video_options: video.VideoOptions = video.DEFAULTS,
     progress: Progress | None = None,
+    frame_progress: video.FrameProgress | None = None,
 ) -> Iterator[Result]:
     """Do the jobs in order; one that fails is a result like any other.
 
     `strip_metadata` leaves out EXIF, XMP and resolution; the colour profile stays, for without it
     the colours would change. `scale_dpi` multiplies the resolution too, so that a print keeps its
     size; else the number stays and the print grows. `progress` gets (tiles done, tiles in all) of
-    the present image.
+    the present image, `frame_progress` that of a video.
     """
     for job in jobs:
         start = time.perf_counter()
@@ -136,6 +143,13 @@ def process(
         try:
             if job.error:
                 raise ValueError(job.error)
+            if is_video(job.source):
+                made = video.upscale_video(
+                    job.source, job.target, upscaler, video_options, frame_progress
+                )
+                size = made.form.out_width, made.form.out_height
+                yield Result(*names, "done", seconds=_since(start), size=size, **_how(upscaler))
+                continue
             picture = images.read(job.source, max_pixels)
             extension = job.target.suffix.lower()
             if piped:
@@ -153,8 +167,17 @@ def process(
             yield Result(*names, "failed", text, seconds=_since(start))
             continue
         height, width = pixels.shape[:2]
-        how = dataclasses.asdict(upscaler.outcome)
-        yield Result(*names, "done", seconds=_since(start), size=(width, height), **how)
+        size = width, height
+        yield Result(*names, "done", seconds=_since(start), size=size, **_how(upscaler))
+
+
+def is_video(path: Path) -> bool:
+    """Whether the name is that of a video."""
+    return path.suffix.lower() in video.EXTENSIONS
+
+
+def _how(upscaler: Upscaler) -> dict:
+    return dataclasses.asdict(upscaler.outcome) if upscaler.outcome else {}
 
 
 def _upscale(
@@ -194,7 +217,10 @@ def _job(source: Path, folder: Path, scale: int, suffix: str | None, ext: str) -
     beside = _key(folder) == _key(source.parent)
     if suffix is None:
         suffix = f"_x{scale}" if beside else ""
-    kept = source.suffix if source.suffix.lower() in FORMATS else ".png"
+    if is_video(source):
+        kept, ext = source.suffix if source.suffix.lower() in WRITABLE_VIDEOS else ".mkv", "auto"
+    else:
+        kept = source.suffix if source.suffix.lower() in FORMATS else ".png"
     target = folder / f"{source.stem}{suffix}{kept if ext == 'auto' else f'.{ext}'}"
     if _key(target) == _key(source):
         return Job(source, target, error="the result would replace the input; give --suffix or -o")

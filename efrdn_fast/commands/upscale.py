@@ -1,4 +1,4 @@
-"""`efrdn upscale`: image files and folders, 2, 3 or 4 times as large."""
+"""`efrdn upscale`: image files, folders and videos, 2, 3 or 4 times as large."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 
 from . import _options
 
-HELP = "upscale image files and folders"
+HELP = "upscale image files, folders and videos"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="image or folder")
+    parser.add_argument(
+        "inputs", nargs="*", type=Path, metavar="INPUT", help="image, folder or video"
+    )
     parser.add_argument(
         "-i", "--input", action="append", default=[], type=Path, metavar="INPUT", help="the same"
     )
@@ -83,6 +85,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json-summary", type=Path, metavar="FILE", help="write what became of every image"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, and do nothing"
+    )
+    videos = parser.add_argument_group("videos (pip install efrdn_fast[video])")
+    videos.add_argument(
+        "--video-codec",
+        metavar="NAME",
+        help="encoder of FFmpeg, such as libx265 or ffv1 (default: libx264; in WebM libvpx-vp9)",
+    )
+    videos.add_argument(
+        "--crf",
+        type=_natural,
+        default=16,
+        metavar="N",
+        help="quality of the encoder, less is better (default: 16)",
+    )
     tiles = parser.add_argument_group("tiles, for images that do not fit in memory")
     tiles.add_argument(
         "-t",
@@ -121,12 +139,14 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..batch import plan, process
+    from ..distributed import world
     from ..images import MAX_PIXELS, STREAM
     from ..upscaler import Upscaler
+    from ..video import VideoOptions
 
     # What Pillow logs of a damaged file is said once, by the error.
     logging.getLogger("PIL").addHandler(logging.NullHandler())
-    start = time.perf_counter()
+    start, here = time.perf_counter(), world()
     piped = args.output == STREAM
     if piped and sys.stdout.isatty():
         args.usage_error("standard output is a terminal: redirect it to a file or a program")
@@ -138,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
         overlap=args.tile_pad,
         exact=args.exact,
         segment_tokens=args.segment_tokens,
-        device=args.device,
+        device=here.device(args.device),
         dtype=args.dtype,
         backend=args.backend,
     )
@@ -153,6 +173,11 @@ def run(args: argparse.Namespace) -> int:
         )
     except ValueError as error:
         args.usage_error(str(error))
+    # Under torchrun every process upscales its share of the images.
+    jobs = [job for job in jobs if here.owns(str(job.source))]
+    video_options = VideoOptions(args.video_codec, args.crf)
+    if args.dry_run:
+        return _dry_run(jobs, upscaler, video_options, args.overwrite)
     results = []
     # Off when stderr is no terminal. Counts parts of images too.
     style = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}{postfix}]"
@@ -162,6 +187,10 @@ def run(args: argparse.Namespace) -> int:
             bar.n = len(results) + done / count
             bar.set_postfix_str(f"tile {done}/{count}" if count > 1 else "")
 
+        def show_frames(done: int, count: int, rate: float) -> None:
+            bar.n = len(results) + done / max(count, 1)
+            bar.set_postfix_str(f"frame {done}/{count or '?'}, {rate:.2f} frames/s")
+
         try:
             for result in process(
                 jobs,
@@ -170,7 +199,9 @@ def run(args: argparse.Namespace) -> int:
                 strip_metadata=args.strip_metadata,
                 scale_dpi=args.dpi == "scale",
                 max_pixels=args.max_pixels or MAX_PIXELS,
+                video_options=video_options,
                 progress=show,
+                frame_progress=show_frames,
             ):
                 results.append(result)
                 bar.n = len(results)
@@ -187,7 +218,10 @@ def run(args: argparse.Namespace) -> int:
             }
             seconds = round(time.perf_counter() - start, 1)
             if args.json_summary:
-                _write_summary(args.json_summary, counts, seconds, upscaler, results)
+                path = Path(args.json_summary)
+                if here.rank:
+                    path = path.with_suffix(f".{here.rank}{path.suffix}")
+                _write_summary(path, counts, seconds, upscaler, results)
     skipped = f"{counts['skipped']} skipped"
     if counts["skipped"] and not args.overwrite:
         skipped += " (results exist; --overwrite replaces them)"
@@ -195,6 +229,30 @@ def run(args: argparse.Namespace) -> int:
         f"{counts['done']} upscaled, {skipped}, {counts['failed']} failed, {seconds} s", file=notes
     )
     return 1 if counts["failed"] else 0
+
+
+def _dry_run(jobs: list, upscaler, video_options, overwrite: bool) -> int:
+    """Print what would become of every job; 1 if some could not be done."""
+    from ..batch import is_video
+    from ..video import plan_video
+
+    failed = 0
+    for job in jobs:
+        try:
+            if job.error:
+                raise ValueError(job.error)
+            if job.skip or (job.target.exists() and not overwrite):
+                print(f"{job.source}: skipped, {job.skip or f'{job.target} exists already'}")
+            elif is_video(job.source):
+                print(
+                    *plan_video(job.source, job.target, upscaler, video_options).lines(), sep="\n"
+                )
+            else:
+                print(f"{job.source} -> {job.target}")
+        except (ValueError, OSError) as error:
+            failed += 1
+            print(f"efrdn upscale: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _write_summary(path: Path, counts: dict, seconds: float, upscaler, results: list) -> None:
