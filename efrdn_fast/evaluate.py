@@ -21,6 +21,7 @@ from tqdm import tqdm
 from . import checkpoint, metrics
 from .benchmarks import ImageSet, Pair, find_pairs, load_pair, reduce
 from .device import resolve_device
+from .distributed import World
 from .model import EFRDN
 from .resize import imresize
 from .tables import bicubic_rows, paper_tables
@@ -164,6 +165,7 @@ def evaluate_set(
     limit: int | None = None,
     check: bool = True,
     progress: bool = False,
+    here: World | None = None,
 ) -> SetResult:
     """Bicubic figures of a set, their check, then those of a network.
 
@@ -174,6 +176,7 @@ def evaluate_set(
         limit: The first images only.
         check: Refuse data whose bicubic figures are not those of the set.
         progress: Bars on standard error.
+        here: This process among those that share the images; all return the whole result.
 
     Raises:
         FileNotFoundError, ValueError: A file is missing, damaged or of the wrong size; or the
@@ -183,25 +186,29 @@ def evaluate_set(
     pairs = every[:limit]
     nothing = Check("none", note="not asked for")
     result = SetResult(image_set.name, scale, nothing, whole=len(pairs) == len(every))
+    here = here or World()
+    mine = here.shard(pairs)
     older: list[Score] | None = None
     if check and result.whole and _is_published_only(image_set.name):
         older = []
-    for pair in _bar(pairs, f"{image_set.name} x{scale} bicubic", progress):
+    for pair in _bar(mine, f"{image_set.name} x{scale} bicubic", progress):
         lr, hr = load_pair(pair, scale)
         result.images.append(_bicubic(pair, lr, hr, scale))
         if older is not None:
             older.append(bicubic_y(hr, scale, gray=_is_gray_file(pair)))
+    result.images = here.merge(result.images)
     if check:
-        result.check = _check(image_set, result, older)
+        result.check = _check(image_set, result, None if older is None else here.merge(older))
     if upscaler is not None:
-        bar = _bar(pairs, f"{image_set.name} x{scale} network", progress)
-        for pair, image in zip(bar, result.images, strict=True):
+        bar = _bar(mine, f"{image_set.name} x{scale} network", progress)
+        for pair, image in zip(bar, images := here.shard(result.images), strict=True):
             lr, hr = load_pair(pair, scale)
             start = time.perf_counter()
             sr = upscaler.array(lr)
             image.seconds = time.perf_counter() - start
             image.tile, image.dtype = upscaler.outcome.tile, upscaler.outcome.dtype
             image.model = _score(sr, hr, scale, pair)
+        result.images = here.merge(images)
     return result
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +18,15 @@ import torch.multiprocessing
 from PIL import Image
 from safetensors.torch import load_file
 
+from efrdn_fast.benchmarks import ImageSet
 from efrdn_fast.blocks import BatchNorm
+from efrdn_fast.cli import main
 from efrdn_fast.distributed import GlobalBatchNorm, World, all_reduce, globalize, world
+from efrdn_fast.evaluate import evaluate_set
 from efrdn_fast.model import EFRDN
 from efrdn_fast.options import RunOptions, TrainOptions
 from efrdn_fast.train import Trainer, train
+from efrdn_fast.upscaler import Upscaler
 
 WORKERS = 2
 STEPS = 3
@@ -73,9 +79,16 @@ def trained(shared):
     return losses, trainer.averaged().state_dict()
 
 
+def evaluated(folder, here=None):
+    upscaler = Upscaler(4, small_net().float().eval())
+    result = evaluate_set(ImageSet("photos", Path(folder)), 4, upscaler, check=False, here=here)
+    return [(image.name, image.bicubic.psnr, image.model.psnr) for image in result.images]
+
+
 def _worker(rank, folder):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORKERS))
+    images = evaluated(f"{folder}/photos")  # alone
     store = dist.FileStore(f"{folder}/store", WORKERS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORKERS)
     here = world()
@@ -89,6 +102,7 @@ def _worker(rank, folder):
         parallel = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
         result[name] = gradients(parallel, *(t[rank::WORKERS] for t in inputs))
     result["losses"], result["weights"] = trained(here)
+    result["alone"], result["shared"] = images, evaluated(f"{folder}/photos", here)
     run = RunOptions(f"{folder}/run", tensorboard=False)
     train([f"{folder}/photos"], TrainOptions(**RECIPE), run)
     torch.save(result, f"{folder}/{rank}.pt")
@@ -143,6 +157,26 @@ def test_collectives(parallel):
         assert result["total"] == [3.0]
         assert result["merged"] == list("abcde")
         torch.testing.assert_close(result["reduced"], torch.full((2,), 3.0).double())
+
+
+def test_evaluation_by_shares_equals_that_of_one_process(parallel):
+    for result in parallel[2]:
+        assert [name for name, *_ in result["alone"]] == ["0", "1", "2"]
+        assert result["shared"] == result["alone"]
+
+
+def test_folder_is_upscaled_by_shares(parallel, tmp_path, monkeypatch, capsys):
+    done = []
+    for rank in range(3):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", 3)):
+            monkeypatch.setenv(name, str(value))
+        arguments = ["upscale", str(parallel[0] / "photos"), "-o", str(tmp_path / "out")]
+        assert main([*arguments, "-s", "4", "--json-summary", str(tmp_path / "s.json")]) == 0
+        summary = tmp_path / ("s.json" if rank == 0 else f"s.{rank}.json")
+        rows = json.loads(summary.read_text())["images"]
+        done += [Path(row["input"]).name for row in rows if row["status"] == "done"]
+    assert sorted(done) == ["0.png", "1.png", "2.png"]
+    assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 def test_globalize_keeps_keys_and_tensors():

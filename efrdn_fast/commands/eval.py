@@ -59,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..distributed import process_group
+
+    with process_group() as here:  # under torchrun the images are shared out
+        return _run(args, here)
+
+
+def _run(args: argparse.Namespace, here) -> int:
     from .. import env
     from ..benchmarks import discover
     from ..checkpoint import atomic_write
@@ -72,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         root = env.data_dir() / "benchmark"
     sets = discover(root, args.sets)
     scales = list(dict.fromkeys(args.scale))
+    args.device = here.device(args.device)
     networks = {scale: None if args.bicubic else _network(args, scale) for scale in scales}
     results = {scale: [] for scale in scales}
     for scale in scales:
@@ -84,12 +92,14 @@ def run(args: argparse.Namespace) -> int:
                     upscaler,
                     limit=args.limit,
                     check=not args.no_check,
-                    progress=True,
+                    progress=here.is_first,
+                    here=here,
                 )
             )
-        print(results_table(results[scale], networks[scale]))
-        print()
-    if args.out:
+        if here.is_first:
+            print(results_table(results[scale], networks[scale]))
+            print()
+    if args.out and here.is_first:
         asked = {key: value for key, value in vars(args).items() if not callable(value)}
         atomic_write(args.out, as_json(asked, results, networks).encode())
         print(f"written: {args.out}")
