@@ -130,6 +130,10 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
     "acrb_backward": _row("acrb_backward", "acrb", BOTH),
     "conv3x3": _row("conv3x3", "conv3x3", ("cuda",)),
     "conv3x3_backward": _row("conv3x3_backward"),
+    **{
+        op: _row(op, None, ("cpu",), "reference_fusion")
+        for op in ("merge3x3", "calibrate", "sigmoid_gate", "unfold", "fold")
+    },
     **{op: _row(op, "emha", BOTH, ATTENTION) for op in ("emha", "emha_backward")},
     **{
         op + suffix: _row(op + suffix, "transformer", BOTH, ATTENTION)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import dispatch, env
+from .blocks import BatchNorm
 from .device import HALF, PRECISIONS, precision
 from .fast_training import train_forward
 from .model import EFRDN, check_input
@@ -82,15 +83,14 @@ class EFRDNFast(EFRDN):
         """As `EFRDN.forward`: `[N, 3, H, W]` in [0, 1] -> `[N, 3, scale H, scale W]`."""
         if _traced(x) or x.device.type == "meta":
             return super().forward(x)
-        weights, training = _state(self)
-        replica = getattr(self, "_is_replica", False)
-        grad = torch.is_grad_enabled() and (x.requires_grad or replica or _require_grad(weights))
-        if weights is None or (grad and not training):
-            return super().forward(x)
         check_input(x)
         self._check_fit(x)
-        if training:
-            return train_forward(self, x, dispatch.requested(self.backend))
+        weights, differentiable = _state(self)
+        if not differentiable and torch.is_grad_enabled():
+            replica = getattr(self, "_is_replica", False)
+            differentiable = replica or any(t.requires_grad for t in (x, *weights))
+        if differentiable:
+            return train_forward(self, x, self.backend)
         own, device = self.head.weight.dtype, x.device
         if self.dtype == "auto":
             autocast = torch.is_autocast_enabled(device.type)
@@ -241,24 +241,16 @@ def _traced(x: Tensor) -> bool:
     )
 
 
-def _state(net: nn.Module) -> tuple[list[Tensor] | None, bool]:
-    """All parameters and buffers, and whether the modules are in training mode.
-
-    None in the place of the tensors where modules differ in their mode.
-    """
-    weights, left, training = [], [net], net.training
+def _state(net: nn.Module) -> tuple[list[Tensor], bool]:
+    """All parameters and buffers, and whether a BatchNorm is in training mode."""
+    weights, left, training = [], [net], False
     while left:
         module = left.pop()
-        if module.training != training:
-            return None, False
+        training |= module.training and isinstance(module, BatchNorm)
         for tensors in (module._parameters, module._buffers):
             weights += [t for t in tensors.values() if t is not None]
         left += [m for m in module._modules.values() if m is not None]
     return weights, training
-
-
-def _require_grad(weights: list[Tensor] | None) -> bool:
-    return weights is None or any(w.requires_grad for w in weights)
 
 
 _slow: set[str] = set()

@@ -6,8 +6,9 @@ The two sums over patches are each other's transpose, which is what their gradie
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from . import dispatch
 
 __all__ = ["fold", "nhwc", "unfold"]
 
@@ -17,57 +18,44 @@ def nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def unfold(x: Tensor) -> Tensor:
+def unfold(x: Tensor, backend: str = "auto") -> Tensor:
     """3x3 patches with zero padding as tokens `[N, H W, 9 C]`, tap-major."""
-    return _Unfold.apply(x)
+    return _Unfold.apply(x, _choose("unfold", backend, x, x.shape[1]))
 
 
-def fold(t: Tensor, shape: torch.Size, mean: bool) -> Tensor:
+def fold(t: Tensor, shape: torch.Size, mean: bool, backend: str = "auto") -> Tensor:
     """Sum of the patches that meet at a pixel, or their mean; `[N, C, H, W]` in NHWC memory."""
-    y = _Fold.apply(t, shape)
+    y = _Fold.apply(t, shape, _choose("fold", backend, t, shape[1]))
     if not mean:
         return y
-    rows, columns = _patches(y, shape[2]), _patches(y, shape[3])
-    return y / (rows[:, None] * columns)
+    return y / (_patches(y, shape[2])[:, None] * _patches(y, shape[3]))
+
+
+def _choose(op: str, backend: str, x: Tensor, channels: int) -> str:
+    """The kernel moves 16 channels at a time."""
+    return "reference" if channels % 16 else dispatch.choose(op, backend, x)
 
 
 class _Unfold(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        return _unfold(x)
+    def forward(ctx, x: Tensor, backend: str) -> Tensor:
+        ctx.shape, ctx.backend = x.shape, backend
+        return dispatch.implementation("unfold", backend)(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return _fold(grad, ctx.shape)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return dispatch.implementation("fold", ctx.backend)(grad, *ctx.shape[2:]), None
 
 
 class _Fold(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, t: Tensor, shape: torch.Size) -> Tensor:
-        return _fold(t, shape)
+    def forward(ctx, t: Tensor, shape: torch.Size, backend: str) -> Tensor:
+        ctx.backend = backend
+        return dispatch.implementation("fold", backend)(t, *shape[2:])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _unfold(grad), None
-
-
-def _unfold(x: Tensor) -> Tensor:
-    n, channels, height, width = x.shape
-    padded = F.pad(nhwc(x), (0, 0, 1, 1, 1, 1))
-    taps = padded.unfold(1, 3, 1).unfold(2, 3, 1)  # [N, H, W, C, 3, 3]
-    return taps.permute(0, 1, 2, 4, 5, 3).reshape(n, height * width, 9 * channels)
-
-
-def _fold(t: Tensor, shape: torch.Size) -> Tensor:
-    n, channels, height, width = shape
-    t = t.reshape(n, height, width, 9, channels)
-    padded = t.new_zeros(n, height + 2, width + 2, channels)
-    for tap in range(9):
-        i, j = divmod(tap, 3)
-        padded[:, i : i + height, j : j + width] += t[:, :, :, tap]
-    y = padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
-    return y.contiguous(memory_format=torch.channels_last)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return dispatch.implementation("unfold", ctx.backend)(grad), None, None
 
 
 def _patches(like: Tensor, length: int) -> Tensor:

@@ -20,9 +20,12 @@ __all__ = [
     "acrb_cuda",
     "acrb_out_cpu",
     "acrb_out_cuda",
+    "calibrate_backward_cpu",
+    "calibrate_cpu",
     "conv3x3_cuda",
     "emha_backward_cpu",
     "emha_cpu",
+    "fold_cpu",
     "gcrb_backward_cpu",
     "gcrb_backward_cuda",
     "gcrb_cpu",
@@ -31,6 +34,11 @@ __all__ = [
     "gcrb_train_backward_cuda",
     "gcrb_train_cpu",
     "gcrb_train_cuda",
+    "merge3x3_backward_cpu",
+    "merge3x3_cpu",
+    "sigmoid_gate_backward_cpu",
+    "sigmoid_gate_cpu",
+    "unfold_cpu",
 ]
 
 
@@ -106,3 +114,35 @@ def emha_cpu(*args: Any) -> tuple[Tensor, Tensor]:
 
 def emha_backward_cpu(*args: Any) -> Tensor:
     return _op("emha_backward_cpu")(*args)
+
+
+def merge3x3_cpu(*args: Any) -> Tensor:
+    return _op("merge3x3_cpu")(*args)
+
+
+def merge3x3_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    return _op("merge3x3_backward_cpu")(*args)
+
+
+def calibrate_cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    return _op("calibrate_cpu")(*args)
+
+
+def calibrate_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    return _op("calibrate_backward_cpu")(*args)
+
+
+def sigmoid_gate_cpu(*args: Any) -> Tensor:
+    return _op("sigmoid_gate_cpu")(*args)
+
+
+def sigmoid_gate_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    return _op("sigmoid_gate_backward_cpu")(*args)
+
+
+def unfold_cpu(*args: Any) -> Tensor:
+    return _op("unfold_cpu")(*args)
+
+
+def fold_cpu(*args: Any) -> Tensor:
+    return _op("fold_cpu")(*args)
