@@ -24,6 +24,9 @@ __all__ = ["OPS", "Conv", "PackedACDM", "PackedGConv", "PackedTransformer", "Tar
 OPS = ("gcrb", "acrb_out", "emha")
 """Ops of `functional` that the packed network calls; each has a backend of its own."""
 
+CPU_TOKENS = 2048
+"""Tokens that the transformer block takes through its Linear layers at a time on a CPU."""
+
 Map = Callable[[Tensor], Tensor]
 
 
@@ -318,15 +321,26 @@ class PackedTransformer:
 
     def __call__(self, x: Tensor) -> Tensor:
         t = tokens.unfold(x)  # [N, H W, 9 C]
-        qkv = F.linear(F.linear(self.norm(t, 0), self.reduce), self.qkv)
-        heads, length = self.emha.heads, self.emha.segment_length(t.shape[1])
+        n, count, _ = t.shape
+        # What is 9 C wide stays in the caches of a CPU; a GPU is better filled by one call.
+        parts = t.flatten(0, 1).split(CPU_TOKENS if x.device.type == "cpu" else n * count)
+        qkv = torch.cat([F.linear(F.linear(self.norm(p, 0), self.reduce), self.qkv) for p in parts])
+        heads, length = self.emha.heads, self.emha.segment_length(count)
         attention = self.emha.attention
         if attention is reference.emha:  # nothing else was asked for by `set_attention`
             attention = functools.partial(functional.emha, backend=self.backend)
-        t += F.linear(attention(qkv, heads, length), *self.proj)  # (28)
+        a = attention(qkv.view(n, count, -1), heads, length).flatten(0, 1)
         del qkv
-        t += F.linear(F.linear(self.norm(t, 1), *self.fc1).relu_(), *self.fc2)  # (29)
+        for part, y in zip(parts, a.split(len(parts[0])), strict=True):
+            _add_linear(part, y, *self.proj)  # (28)
+            h = F.linear(self.norm(part, 1), *self.fc1).relu_()
+            _add_linear(part, h, *self.fc2)  # (29)
         return tokens.fold(t, x.shape, self.mean)
+
+
+def _add_linear(t: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """`t += F.linear(x, weight, bias)`, in place by the matrix product itself."""
+    t.add_(bias).addmm_(x, weight.T)
 
 
 def pack_body(module: nn.Module, use: int, to: Target) -> Map:
