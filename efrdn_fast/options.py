@@ -171,6 +171,8 @@ class RunOptions:
     """Validate on the centre of so many LR pixels a side; 0 is the whole image."""
     num_workers: int = 0
     """Processes that prepare patches."""
+    fast: bool = False
+    """Train and validate through the fused forward and backward of EFRDNFast."""
     compile: bool = False
     """Train through torch.compile."""
     strict: bool = False

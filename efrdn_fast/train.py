@@ -30,6 +30,7 @@ from . import checkpoint, metrics, reference
 from .blocks import CC, BatchNorm
 from .data import ImageCache, Patches, build_cache, find_images, loader, split_validation
 from .distributed import World, globalize, process_group
+from .fast import accelerate
 from .model import EFRDN
 from .options import RunOptions, TrainOptions
 from .warmstart import fit_tails, warm_start
@@ -79,9 +80,13 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=options.autocast == "fp16" and self.device.type == "cuda"
         )
-        self.forward: nn.Module = self.net
+        self.run_through(self.net)
+
+    def run_through(self, net: EFRDN) -> None:
+        """Train through the forward of `net`, a form of the network on the same parameters."""
+        self.forward: nn.Module = net
         if self.world.size > 1:  # every process computes the same statistics, so none is sent
-            self.forward = DistributedDataParallel(self.net, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(net, broadcast_buffers=False)
 
     def loss(self, sr: Tensor, hr: Tensor) -> Tensor:
         """Loss of the present step, mean over the pixels."""
@@ -278,6 +283,8 @@ def _train(
         if not state.is_file():
             raise FileNotFoundError(f"no training state at {str(state)!r} to resume from")
         trainer.restore(state)
+    if run.fast:
+        trainer.run_through(accelerate(trainer.net))
     if run.compile:
         trainer.forward = torch.compile(trainer.forward)
     session = _Session(trainer, run, cache, val_cache, data)
@@ -330,6 +337,12 @@ class _Session:
         self.data = [Path(d).name for d in data]
         self.psnr: float | None = None
 
+    @property
+    def judged(self) -> EFRDN:
+        """The network to validate."""
+        averaged = self.trainer.averaged()
+        return accelerate(averaged) if self.run.fast else averaged
+
     def record(self) -> dict:
         """Training record for the checkpoint's metadata."""
         return {
@@ -381,7 +394,7 @@ class _Session:
                     losses = []
                 if self.val_cache and (trainer.step % run.val_freq == 0 or trainer.step == total):
                     self.psnr = validate(
-                        *(trainer.averaged(), self.val_cache, trainer.device, run.val_crop),
+                        *(self.judged, self.val_cache, trainer.device, run.val_crop),
                         trainer.world,
                     )
                     self.log(psnr_db=self.psnr)
