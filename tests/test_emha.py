@@ -8,7 +8,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from efrdn_fast import functional, reference
 from efrdn_fast.cases_attention import EMHA, EmhaCase
-from efrdn_fast.testing import case_id, check_backward, check_forward, gradients, make_input
+from efrdn_fast.testing import (
+    TOLERANCES,
+    assert_within,
+    case_id,
+    check_backward,
+    check_forward,
+    gradients,
+    make_input,
+)
 
 HALF = (torch.float16, torch.bfloat16)
 CASES = [(case, torch.float32) for case in EMHA]
@@ -34,6 +42,37 @@ def test_emha_forward(target, case, dtype):
 @pytest.mark.parametrize(("case", "dtype"), CASES, ids=case_id)
 def test_emha_backward(target, case, dtype):
     check_backward(case, dtype, *target)
+
+
+@pytest.mark.op("emha_backward")
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("tokens", [1, 2, 5, 63, 64, 65, 361, 997, 2304])
+def test_emha_at_many_sizes(target, tokens):
+    """Four segments, also more than there are tokens; output and gradient in float32."""
+    case = EmhaCase(2 if tokens < 100 else 1, tokens, (tokens + 3) // 4)
+    check_forward(case, torch.float32, *target)
+    check_backward(case, torch.float32, *target)
+
+
+@pytest.mark.op("emha")
+@pytest.mark.usefixtures("poison_empty")
+def test_emha_of_a_whole_image(target):
+    """57,600 tokens in four segments: 64 queries against float64, the rest finite."""
+    device, backend = target
+    qkv = make_input((1, 57600, 54), device=device)
+    out, lse = emha(qkv, 1, 14400, False, backend)
+    assert out.isfinite().all() and lse.isfinite().all()
+    rows = torch.randperm(57600)[:64]
+    first = rows // 14400 * 14400
+    q, k, v = (t[0, 0].cpu().double() for t in reference.split_heads(qkv, 1))
+    keys = first[:, None] + torch.arange(14400)
+    scores = torch.einsum("rd,rkd->rk", q[rows], k[keys]) * 18**-0.5
+    exact = torch.einsum("rk,rkd->rd", scores.softmax(-1), v[keys])
+    plain = torch.einsum("rk,rkd->rd", scores.float().softmax(-1), v[keys].float())
+    assert_within(out[0, rows].cpu(), exact, plain, TOLERANCES[torch.float32])
+    assert_within(
+        lse[0, 0, rows].cpu(), scores.logsumexp(-1), scores.float().logsumexp(-1), 1e-6, "lse"
+    )
 
 
 @pytest.mark.op("emha_backward")
@@ -167,3 +206,24 @@ def test_emha_keeps_what_is_not_finite(target, value):
         out, _ = emha(qkv, 2, 4, False, backend)
         expected = plain(qkv, 2, 4)
         torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"qkv": [1.0]}, TypeError, "qkv must be a tensor, got list"),
+        ({"qkv": torch.zeros(11, 18)}, ValueError, r"\[N, T, 3 \* heads \* D\], got \[11, 18\]"),
+        ({"qkv": torch.zeros(2, 0, 18)}, ValueError, "must not be empty, got zero-size"),
+        ({"qkv": torch.zeros(1, 4, 18, dtype=torch.int32)}, TypeError, "float32.*int32"),
+        ({"heads": 4}, ValueError, r"got \[2, 11, 18\] for heads=4"),
+        ({"heads": 0}, ValueError, "heads=0"),
+        ({"qkv": torch.zeros(1, 4, 390)}, ValueError, "head_dim must be at most 64, got 65"),
+        ({"segment_tokens": 0}, ValueError, "segment_tokens must be at least 1, got 0"),
+        ({"segments": 0}, ValueError, "segments must be at least 1, got 0"),
+        ({"backend": "fast"}, ValueError, "backend must be one of auto,.*'fast'"),
+    ],
+)
+def test_emha_rejects(changes, error, message):
+    arguments = {"qkv": small(), "heads": 2, **changes}
+    with pytest.raises(error, match=message):
+        functional.emha(**arguments)

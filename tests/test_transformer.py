@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from efrdn_fast import cases_attention, functional, reference
 from efrdn_fast.cases_attention import TokenCase
+from efrdn_fast.packing import PackedTransformer, Target
 from efrdn_fast.testing import (
     assert_close_to_reference,
     case_id,
@@ -127,12 +128,12 @@ def test_reference_of_the_parts_equals_the_block(fold):
 
 
 @pytest.mark.op("emha_backward")
-@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 5), (9, 13), (16, 16)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 5), (9, 13), (48, 48)], ids=str)
 def test_block_forward_and_every_gradient(target, size):
     """Also with fewer tokens than segments, and where the last one is shorter."""
     device, backend = target
     weights = [p.detach().to(device) for p in block().parameters()]
-    x = make_input((2, 16, *size), device=device)
+    x = make_input((2 if size < (48, 48) else 1, 16, *size), device=device)
     tokens = size[0] * size[1]
     args, length = (x, *weights), (tokens + 3) // 4
 
@@ -142,6 +143,16 @@ def test_block_forward_and_every_gradient(target, size):
     grad = make_input(x.shape, device=device, seed=9)
     assert_close_to_reference(fast(*args), plain(length), args)
     assert_close_to_reference(gradients(fast, grad)(*args), gradients(plain(length), grad), args)
+
+
+def test_packed_block_takes_more_tokens_than_a_part():
+    """On a CPU its Linear layers run over 2,048 tokens at a time, also across images."""
+    module = block(32).eval()
+    x = make_input((2, 32, 33, 35), layout="channels_last")
+    packed = PackedTransformer(module, Target(torch.float32, {"emha": "reference"}))
+    with torch.inference_mode():
+        y = packed(x)
+        assert_close_to_reference(y, plain(289), (x, *module.parameters()))
 
 
 def test_block_options_reach_the_ops():
@@ -212,3 +223,32 @@ def test_block_vectors(vectors_root, target, file, options):
     for got, wanted in zip((y, *grads), (stored["output.eval.use0"], *expected), strict=True):
         bound = 1e-10 if exact else 2e-5 * wanted.abs().max().item()
         torch.testing.assert_close(got.cpu().double(), wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({0: torch.zeros(2, 16, 5)}, ValueError, r"x must be \[N, C, H, W\], got \[2, 16, 5\]"),
+        ({0: torch.zeros(2, 16, 0, 7)}, ValueError, "x must not be empty"),
+        ({0: torch.zeros(2, 8, 5, 7)}, ValueError, r"norm1_weight must be \[72\], got \[144\]"),
+        ({1: torch.zeros(144, device="meta")}, ValueError, "norm1_weight must be on cpu.*meta"),
+        ({2: torch.zeros(144).double()}, TypeError, "norm1_bias must be float32.*float64"),
+        ({3: torch.zeros(72)}, ValueError, r"reduce must have 2 dimensions, got \[72\]"),
+        ({4: torch.zeros(144, 72)}, ValueError, r"qkv must be \[216, 72\], got \[144, 72\]"),
+        ({9: None}, TypeError, "fc1_weight must be a tensor, got NoneType"),
+        ({"heads": 5}, ValueError, "heads must divide the width 72 of q, got 5"),
+        ({"heads": 1}, ValueError, "head_dim must be at most 64, got 72"),
+        ({"segments": 0}, ValueError, "segments must be at least 1, got 0"),
+        ({"segment_tokens": 0}, ValueError, "segment_tokens must be at least 1, got 0"),
+        ({"eps": 0.0}, ValueError, "eps must be positive, got 0.0"),
+        ({"backend": "fast"}, ValueError, "backend must be one of auto,.*'fast'"),
+    ],
+)
+def test_block_rejects(changes, error, message):
+    args = [make_input((2, 16, 5, 7)), *block().parameters()]
+    options = {key: value for key, value in changes.items() if isinstance(key, str)}
+    for key, value in changes.items():
+        if isinstance(key, int):
+            args[key] = value
+    with pytest.raises(error, match=message):
+        functional.transformer_block(*args, **options)
