@@ -12,7 +12,7 @@ from . import reference
 from .cases import Weights, weight_dtype
 from .testing import make_input
 
-__all__ = ["EMHA", "EMHA_BENCH", "TOKENS", "EmhaCase", "TokenCase"]
+__all__ = ["EMHA", "TOKENS", "EmhaCase", "TokenCase", "attention_rows"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,21 @@ class EmhaCase:
     @staticmethod
     def reference(qkv: Tensor, heads: int, length: int, tf32: bool) -> tuple[Tensor, Tensor]:
         return reference.emha(qkv, heads, length), reference.emha_lse(qkv, heads, length)
+
+
+def attention_rows(
+    qkv: Tensor, heads: int, length: int, rows: Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Output `[N, rows, heads * D]` and lse `[N, heads, rows]` of some queries, plainly."""
+    parts = []
+    for row in rows.tolist():
+        first = row - row % length
+        q, k, v = reference.split_heads(qkv[:, first : first + length].to(dtype), heads)
+        at = row - first
+        scores = (q[:, :, at : at + 1] @ k.mT) * q.shape[-1] ** -0.5
+        parts.append((scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)))
+    out, lse = zip(*parts, strict=True)
+    return reference.join_heads(out), torch.cat(lse, dim=2)
 
 
 @dataclass(frozen=True)
@@ -127,5 +142,3 @@ TOKENS = (
     *(TokenCase("token_fold", *each) for each in _MAPS),
     TokenCase("token_fold", (1, 32, 5, 8), mean=False),
 )
-
-EMHA_BENCH = (EmhaCase(1, 3600, 3600), EmhaCase(1, 14400, 3600), EmhaCase(16, 2304, 576))
