@@ -42,8 +42,9 @@ class Cost:
     exps: int = 0
     """Exponentials of softmax."""
     moved: int = 0
-    """Elements read and written at least where the part itself is one kernel (a transformer block:
-    four, see `_transformer_moves`): inputs, outputs, parameters. Not a sum over the parts."""
+    """Elements read and written at least where the part itself is one kernel: inputs, outputs,
+    parameters. Not a sum over the parts. An EMHA: its attention alone, qkv in and result out; a
+    transformer block: four kernels, attention one of them (`_transformer_moves`)."""
     calls: int = 0
     parts: list[Cost] = field(default_factory=list)
 
@@ -115,6 +116,8 @@ def _recorder(entry: list[int]):
             squares = batch * (whole * length**2 + rest**2)
             entry[3] += 2 * module.proj.in_features * squares
             entry[4] += module.heads * squares
+            entry[5] += 4 * module.proj.in_features * batch * tokens
+            return
         if isinstance(module, TransformerBlock):
             entry[5] += _transformer_moves(module, out)
         else:

@@ -1,0 +1,224 @@
+"""All GPU checks and measurements in one call of bounded time.
+
+    EFRDN_FAST_DATA=... python bench/run_gpu.py --out DIR [--minutes 9] [--only STEP ...]
+
+Needs the repository and an installed torch; what else is missing costs the steps that need it.
+Every step is a process with a time limit and a log in DIR; `summary.json` is written after each,
+so that what was done is kept when the call is cut off. Exit status: 0 all steps passed, 1 some
+failed or did not fit the time, 2 wrong usage, 3 no CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+__all__ = ["Outcome", "Runner", "Step", "main", "steps"]
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_GPU = 3
+GRACE = 5.0  # seconds between asking a step to end and ending it
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    """Seconds it may take."""
+    needs: tuple[str, ...] = ()
+    """Python packages, programs as "bin:NAME", files as "file:PATH", or "data"."""
+
+    def missing(self) -> list[str]:
+        """What it needs and is not here."""
+        return [need for need in self.needs if not _have(need)]
+
+
+@dataclass
+class Outcome:
+    """What became of a step."""
+
+    name: str
+    command: str
+    status: str
+    """passed, failed, cut off, not run."""
+    note: str = ""
+    seconds: float = 0.0
+    returncode: int | None = None
+
+
+def _have(need: str) -> bool:
+    if need == "data":
+        return bool(os.environ.get("EFRDN_FAST_DATA"))
+    if need.startswith("bin:"):
+        return shutil.which(need[4:]) is not None
+    if need.startswith("file:"):
+        return (ROOT / need[5:]).is_file()
+    return importlib.util.find_spec(need) is not None
+
+
+def steps(out: Path) -> list[Step]:
+    """All steps, the most telling first."""
+    python = sys.executable
+    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    bench = (*pytest, "--results", str(out / "results"), "--device", "cuda")
+    ops = ("tests/test_gcrb.py", "tests/test_acrb.py", "tests/test_conv3x3.py")
+    sizes = "x4-64x64-b1 or x4-128x128-b1 or x4-320x180-b1 or x4-480x270-b1"
+    benches = ("gcrb", "acrb", "conv3x3", "emha", "transformer")
+    kernels = [f"bench/bench_{op}.py" for op in benches if _have(f"file:bench/bench_{op}.py")]
+    sanitized = ("-k", "cuda and float32 and forward", "--maxfail", "3")
+    return [
+        Step("environment", (python, "-m", "efrdn_fast", "doctor", "--build"), 240),
+        Step("tests", (*pytest, "-k", "cuda or gpu or triton", *ops), 150, ("pytest",)),
+        Step("ladder", (*bench, "--full", "--seconds", "1.5", "--cap", "15",
+            "--variants", _QUICK, "bench/bench_network.py", "-k", sizes), 120, ("pytest",)),
+        Step("kernels", (*bench, "--seconds", "0.5", *kernels), 90, ("pytest",)),
+        Step("sanitizer", ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
+            *pytest, *sanitized, *ops), 60, ("pytest", "bin:compute-sanitizer")),
+        Step("blocks", (*bench, "bench/bench_blocks.py"), 30, ("pytest",)),
+        Step("training", (*bench, "--full", "--seconds", "2", "bench/bench_train.py"), 60,
+            ("pytest",)),
+        Step("quality", (python, "-m", "efrdn_fast", "verify", "--model", "x4", "--benchmark",
+            str(Path(os.environ.get("EFRDN_FAST_DATA", "data")) / "benchmark"), "--sets", "Set5"),
+            60, ("data",)),
+        Step("tuning", (python, "-m", "bench.tune", "--seconds", "60"), 75,
+            ("triton", "file:bench/tune.py")),
+        Step("compile", (*bench, "--full", "--seconds", "1.5", "--variants",
+            "compile-fp16,compile-max-fp16", "bench/bench_network.py", "-k", "x4-320x180-b1"), 180,
+            ("pytest",)),
+    ]  # fmt: skip
+
+
+_QUICK = (
+    "eager-fp32,eager-fp16,sdpa-fp16,tensorrt-fp16,ours-triton-fp32,ours-triton-fp16,"
+    "ours-cuda-fp32,ours-cuda-tf32,ours-cuda-fp16"
+)
+
+
+class Runner:
+    """Runs steps one after another until the time is up, and keeps what they gave.
+
+    Args:
+        out: Folder of logs and summary; made where it is missing.
+        seconds: Time for all of them.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, out: Path, seconds: float, clock: Callable[[], float] = time.monotonic):
+        self.out, self.seconds, self.clock = out, seconds, clock
+        self.begin = clock()
+        self.outcomes: list[Outcome] = []
+        out.mkdir(parents=True, exist_ok=True)
+
+    def run(self, todo: Sequence[Step]) -> list[Outcome]:
+        """Run all; each outcome is in the summary before the next step begins."""
+        for step in todo:
+            left = self.seconds - (self.clock() - self.begin)
+            missing = step.missing()
+            command = " ".join(step.command)
+            if missing:
+                outcome = Outcome(step.name, command, "not run", f"missing: {', '.join(missing)}")
+            elif left <= GRACE:
+                outcome = Outcome(step.name, command, "not run", "no time left")
+            else:
+                outcome = self._one(step, min(step.limit, left - GRACE))
+            self.outcomes.append(outcome)
+            self._save()
+            print(f"{outcome.name:<12} {outcome.status:<8} {outcome.seconds:6.1f} s "
+                  f"{outcome.note}", flush=True)  # fmt: skip
+        return self.outcomes
+
+    def _one(self, step: Step, limit: float) -> Outcome:
+        begin, command = self.clock(), " ".join(step.command)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        with (self.out / f"{step.name}.log").open("wb") as log:
+            try:
+                process = subprocess.Popen(
+                    step.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                return Outcome(step.name, command, "failed", str(error))
+            try:
+                code = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                _end(process)
+                note = f"limit of {limit:.0f} s; what it had written is kept"
+                return Outcome(step.name, command, "cut off", note, self.clock() - begin)
+        status = "failed" if code else "passed"
+        note = f"exit status {code}, see {step.name}.log" if code else ""
+        return Outcome(step.name, command, status, note, self.clock() - begin, code)
+
+    def _save(self) -> None:
+        record = {
+            "minutes": self.seconds / 60,
+            "machine": {"python": platform.python_version(), "platform": platform.platform()},
+            "steps": [asdict(outcome) for outcome in self.outcomes],
+        }
+        path = self.out / "summary.json"
+        path.with_suffix(".part").write_text(json.dumps(record, indent=1) + "\n")
+        path.with_suffix(".part").replace(path)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a step with all that it started: they are of one process group."""
+    os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    with contextlib.suppress(ProcessLookupError):  # nobody of the group is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _why_no_gpu() -> str | None:
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device: torch sees none"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of logs and results")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything. Default: 9")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps and run nothing")
+    args = parser.parse_args(argv)
+    todo = steps(args.out.resolve())
+    names = [step.name for step in todo]
+    unknown = set(args.only or ()) - set(names)
+    if unknown:
+        parser.error(f"no step {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    todo = [step for step in todo if not args.only or step.name in args.only]
+    if args.dry_run:
+        for step in todo:
+            missing = ", ".join(step.missing())
+            state = f"would not run, missing: {missing}" if missing else f"{step.limit:.0f} s"
+            print(f"{step.name:<12} {state}\n    {' '.join(step.command)}")
+    reason = _why_no_gpu()
+    if reason:
+        print(f"run_gpu: {reason}; nothing was run", file=sys.stderr)
+        return NO_GPU
+    if args.dry_run:
+        return 0
+    outcomes = Runner(args.out.resolve(), 60 * args.minutes).run(todo)
+    return 0 if all(outcome.status == "passed" for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
