@@ -16,6 +16,7 @@ EXTRAS = {
     "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
     "images": ["opencv-python-headless>=4.12"],
     "video": ["av>=18; python_version >= '3.11'"],  # it has no wheels for 3.10
+    "figures": ["matplotlib>=3.8"],
     # Pins its parts to one release, that of the cuda-toolkit which torch brings.
     "cuda": ["cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]>=13; platform_system == 'Linux'"],
     "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"],
@@ -37,7 +38,7 @@ setup(
     packages=["efrdn_fast", "efrdn_fast.commands", "efrdn_fast.kernels", "efrdn_fast.csrc"],
     package_dir={"efrdn_fast.kernels": "kernels", "efrdn_fast.csrc": "csrc"},
     package_data={
-        "efrdn_fast": ["weights/*.safetensors", "weights/*.json", "data/*.json"],
+        "efrdn_fast": ["weights/*.safetensors", "weights/*.json", "data/*.json", "data/*.html"],
         "efrdn_fast.kernels": ["configs/*.json"],
         "efrdn_fast.csrc": ["*.cpp", "*.cu", "*.cuh", "*.h"],
     },

@@ -20,7 +20,19 @@ from . import __version__
 __all__ = ["COMMANDS", "main"]
 
 # Modules of `efrdn_fast.commands`, in the order in which `efrdn --help` shows them.
-COMMANDS = ("upscale", "eval", "train", "ablate", "info", "export", "convert", "verify", "doctor")
+COMMANDS = (
+    "upscale",
+    "compare",
+    "figure",
+    "eval",
+    "train",
+    "ablate",
+    "info",
+    "export",
+    "convert",
+    "verify",
+    "doctor",
+)
 
 # Everything else is a bug and shows its traceback.
 ERRORS = (ValueError, TypeError, OSError, MemoryError, RuntimeError, ImportError)
