@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import blocks, functional, reference, reparam, tokens
-from .tokens import nhwc
+from . import blocks, functional, fusion, reference, reparam, tokens
 from .transformer import TransformerBlock
 
 __all__ = ["OPS", "Conv", "PackedACDM", "PackedGConv", "PackedTransformer", "Target", "pack_body"]
 
-OPS = ("gcrb", "acrb_out", "emha")
+OPS = ("gcrb", "acrb_out", "emha", "merge3x3", "calibrate", "sigmoid_gate")
 """Ops of `functional` that the packed network calls; each has a backend of its own."""
 
 CPU_TOKENS = 2048
@@ -47,17 +46,6 @@ class Target:
     def folded(self, value: Tensor) -> Tensor:
         """Float32 at least, which the ops of `functional` take with maps of any dtype."""
         return value.detach().to(torch.promote_types(self.dtype, torch.float32))
-
-
-def interleave(a: Tensor, b: Tensor) -> Tensor:
-    """Channels a0, b0, a1, b1, ... in NHWC memory."""
-    a, b = nhwc(a), nhwc(b)
-    if a.dtype == torch.float32:
-        # Real and imaginary parts lie side by side: a fifth of the time of a stack at 96x96.
-        pairs = torch.view_as_real(torch.complex(a, b))
-    else:
-        pairs = torch.stack((a, b), dim=-1)
-    return pairs.flatten(3).permute(0, 3, 1, 2)
 
 
 class Conv:
@@ -132,6 +120,7 @@ class PackedESA:
         self.down = Conv(block.down, to, torch.cat((down, torch.zeros_like(down)), dim=1))
         self.deep = [Conv(c, to) for c in (block.deep1, block.deep2, block.deep3)]
         self.expand = Conv(block.expand, to)
+        self.backend = to.plan["sigmoid_gate"]
 
     def __call__(self, x: Tensor) -> Tensor:
         a = self.enter(x)
@@ -140,33 +129,37 @@ class PackedESA:
         b = self.deep[0](b).relu_()
         b = self.deep[2](self.deep[1](b).relu_())
         b = F.interpolate(b, size=x.shape[2:], mode="bilinear", align_corners=False)
-        return self.expand(b.add_(a[:, self.inner :])).sigmoid_().mul_(x)
+        logits = self.expand(b.add_(a[:, self.inner :]))
+        return fusion.sigmoid_gate(x, logits, backend=self.backend)
 
 
-class Gate:
-    """Gate of a CC, `[N, C, 1, 1]`; 1 where the CC is removed."""
+class PackedCC:
+    """`base + CC(x)`; `base + x` where the CC is removed."""
 
     def __init__(self, block: nn.Module, to: Target):
-        self.dtype = to.dtype
-        self.weights = None
+        self.weights, self.backend = None, to.plan["calibrate"]
         if isinstance(block, blocks.CC):
-            # Statistics and gate in float32 at least: they are `C` numbers per image.
-            wide = torch.promote_types(to.dtype, torch.float32)
             squeeze, excite = block.squeeze, block.excite
-            self.weights = [
-                w.detach().flatten(1).to(wide) if w.ndim == 4 else w.detach().to(wide)
-                for w in (squeeze.weight, squeeze.bias, excite.weight, excite.bias)
-            ]
+            weights = squeeze.weight, squeeze.bias, excite.weight, excite.bias
+            self.weights = [to.folded(w) for w in weights]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, base: Tensor, x: Tensor) -> Tensor:
         if self.weights is None:
-            return x.new_ones(1, 1, 1, 1)
-        w1, b1, w2, b2 = self.weights
-        mean = x.mean(dim=(2, 3), keepdim=True, dtype=w1.dtype)
-        variance = (x - mean).square_().mean(dim=(2, 3), keepdim=True)
-        both = torch.stack((mean, (variance + 1e-6).sqrt())).flatten(2)  # [2, N, C]
-        gates = F.linear(F.linear(both, w1, b1).relu_(), w2, b2).sigmoid_()
-        return gates.mean(dim=0)[:, :, None, None].to(self.dtype)
+            return base + x
+        return fusion.calibrate(base, x, *self.weights, backend=self.backend)
+
+
+class Merge:
+    """A grouped 3x3 convolution that joins two maps, or reads one."""
+
+    def __init__(self, conv: nn.Conv2d, to: Target):
+        self.weight, self.groups = to.folded(conv.weight), conv.groups
+        self.backend = to.plan["merge3x3"]
+
+    def __call__(self, a: Tensor, b: Tensor | None = None, **options) -> Tensor:
+        return fusion.merge3x3(
+            a, self.weight, b, groups=self.groups, backend=self.backend, **options
+        )
 
 
 class PackedSC:
@@ -176,7 +169,7 @@ class PackedSC:
         attention = block.attention
         self.half = block.split.out_channels // 2
         self.split, self.context = Conv(block.split, to), Conv(block.context, to)
-        self.merge = Conv(block.merge, to)
+        self.merge = Merge(block.merge, to)
         self.spatial = None
         if isinstance(attention, blocks.SpatialAttention):
             self.spatial = Conv(attention.conv, to)
@@ -184,59 +177,56 @@ class PackedSC:
             self.squeeze = to.weight(attention.squeeze.weight.flatten(1))
             self.excite = to.weight(attention.excite.weight.flatten(1))
 
-    def gate(self, left: Tensor) -> Tensor:
+    def logits(self, left: Tensor) -> Tensor:
+        """Of the gate, `[N, 1, H, W]` or `[N, C / 2, 1, 1]`."""
         if self.spatial is not None:
             pooled = (left.mean(dim=1, keepdim=True), left.amax(dim=1, keepdim=True))
-            return self.spatial(torch.cat(pooled, dim=1)).sigmoid_()  # [N, 1, H, W]
+            return self.spatial(torch.cat(pooled, dim=1))
         pooled = F.linear(left.mean(dim=(2, 3)), self.squeeze).relu_()
-        return F.linear(pooled, self.excite).sigmoid_()[:, :, None, None]
+        return F.linear(pooled, self.excite)[:, :, None, None]
 
     def __call__(self, x: Tensor) -> Tensor:
         left, right = self.split(x).split(self.half, dim=1)
-        right = self.context(right).relu_()
-        return self.merge(interleave(left * self.gate(left), right)).add_(x)
+        right = self.context(right)
+        return self.merge(left, right, gate=self.logits(left), relu=True, residual=x)
 
 
 class PackedEFFB:
-    """EFFB; its first fusion is the sum of two convolutions, so nothing is interleaved."""
+    """EFFB."""
 
     def __init__(self, block: blocks.EFFB, use: int, to: Target):
         self.gcrb = [PackedGCRB(b, use, to) for b in (block.gcrb1, block.gcrb2, block.gcrb3)]
-        weight = block.fuse12.weight
-        self.fuse1 = Conv(block.fuse12, to, weight[:, 0::2])
-        self.fuse2 = Conv(block.fuse12, to, weight[:, 1::2])
-        self.fuse3 = Conv(block.fuse3, to)
+        self.fuse12, self.fuse3 = Merge(block.fuse12, to), Merge(block.fuse3, to)
         self.scsa, self.scca = PackedSC(block.scsa, to), PackedSC(block.scca, to)
 
     def __call__(self, e: Tensor) -> Tensor:
         g1 = self.gcrb[0](e)
         g2 = self.gcrb[1](g1)
         g3 = self.gcrb[2](g2)
-        m = self.scsa(self.fuse1(g1).add_(self.fuse2(g2)))
+        m = self.scsa(self.fuse12(g1, g2))
         return self.scca(self.fuse3(m.add_(g3)))
 
 
 class PackedFFLB:
-    """FFLB (Eqs. 10-16); gates are applied where their product is added."""
+    """FFLB (Eqs. 10-16)."""
 
     def __init__(self, block: blocks.FFLB, use: int, to: Target):
         self.gcrb1, self.gcrb2 = (pack_gcrb(b, use, to) for b in (block.gcrb1, block.gcrb2))
         self.esa1, self.esa2 = PackedESA(block.esa1, to), PackedESA(block.esa2, to)
-        self.a1, self.a2 = Gate(block.cc_a1, to), Gate(block.cc_a2, to)
-        self.b1, self.b2 = Gate(block.cc_b1, to), Gate(block.cc_b2, to)
+        self.a1, self.a2 = PackedCC(block.cc_a1, to), PackedCC(block.cc_a2, to)
+        self.b1, self.b2 = PackedCC(block.cc_b1, to), PackedCC(block.cc_b2, to)
         self.s1, self.s2 = to.weight(block.branch_weight)
         full = isinstance(block.effb, blocks.EFFB)
         self.effb = PackedEFFB(block.effb, use, to) if full else PackedModule(block.effb, use, to)
 
     def __call__(self, e: Tensor) -> Tensor:
         low = self.esa1(self.gcrb1(e))  # (10)
-        upper = torch.addcmul(e, low, self.b1(low))  # (11)
-        lower = torch.addcmul(low, e, self.a1(e))  # (12)
+        upper = self.b1(e, low)  # (11)
+        lower = self.a1(low, e)  # (12)
         up = self.esa2(self.gcrb2(upper))  # (13)
-        # (14), (15) and their weighted sum, gathered by `up` and `lower`
-        mixed = up * (self.s1 + self.s2 * self.a2(up))
-        mixed.addcmul_(lower, self.s2 + self.s1 * self.b2(lower))
-        return e + self.effb(mixed)  # (16)
+        mixed = self.b2(up, lower).mul_(self.s1)  # (14)
+        mixed.addcmul_(self.a2(lower, up), self.s2)  # (15)
+        return self.effb(mixed).add_(e)  # (16)
 
 
 class PackedACDM:
