@@ -30,6 +30,7 @@ COMMANDS = (
     "info",
     "export",
     "convert",
+    "bench",
     "verify",
     "doctor",
 )

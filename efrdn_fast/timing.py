@@ -6,6 +6,7 @@ by turn. A measurement that is too wide to be quoted is marked noisy.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ NOISY_INTERVAL = 0.25
 """(high - low) / median above which a paired ratio is not quoted."""
 DRIFT = 0.02
 """Share by which the interval is widened: what the same code differs by in another process."""
+SETTLE_SECONDS = 0.02  # worker threads of one library spin on after a call; the next one's wait
 SAMPLE_SECONDS = 5e-4  # least time of a sample of many calls, far above the clock's resolution
 
 Call = Callable[[], Any]
@@ -190,6 +192,8 @@ def measure(
         if turn >= least and time.perf_counter() - begin > seconds:
             break
         for name, call in calls.items():
+            if loops[name] == 1 and clock.device.type == "cpu":
+                time.sleep(SETTLE_SECONDS)
             samples[name].append(clock.sample(call, loops[name]))
     return samples
 
@@ -207,13 +211,20 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
+        _trim()
         before = _resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         call()
-        # A call that fits what the allocator kept of earlier ones shows as nothing.
-        return max(0, _resident("VmHWM") - before) or None
+        return max(0, _resident("VmHWM") - before)
     except OSError:
         return None
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can: else its reuse shows not."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _resident(key: str) -> int:

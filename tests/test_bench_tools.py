@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import compare, devices, groups, roofline, run_gpu, smoke
+from bench import compare, devices, groups, plots, report, roofline, run_gpu, smoke
 from bench.harness.store import Store
 from bench.harness.work import ExpCounter
-from efrdn_fast import EFRDN
+from efrdn_fast import EFRDN, cli
 from efrdn_fast.config import EFRDNConfig
 from efrdn_fast.counts import count
 from efrdn_fast.fast import EFRDNFast
@@ -234,3 +234,58 @@ def test_runner_stops_when_the_time_is_up(tmp_path):
     outcomes = runner.run([run_gpu.Step(str(i), (PYTHON, "-c", ""), 30) for i in range(3)])
     assert [o.status for o in outcomes] == ["passed", "not run", "not run"]
     assert outcomes[1].note == "no time left"
+
+
+def test_bench_command(capsys):
+    sized = ["bench", "--device", "cpu", "--backend", "reference", "--size", "20x16"]
+    assert cli.main([*sized, "--seconds", "0.05"]) == 0
+    text = capsys.readouterr().out
+    assert "20x16 plain, SDPA" in text and "20x16 EFRDNFast" in text
+    assert "torch" in text.splitlines()[0] and "x [" in text
+    assert cli.main([*sized, "--seconds", "0"]) == 1
+    assert "--seconds must be positive, got 0" in capsys.readouterr().err
+
+
+def test_report_makes_tables_from_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    run = {"revision": "abc", "date": "d", "device": "Some CPU", "isa": "AVX2"}
+    run["versions"] = {"torch": "2.11"}
+    rows = [
+        {**row("sdpa", **times(9, 10, 11)), "baseline": "sdpa", "error": 1.5e-6},
+        {**row("ours", **ratio(1.9, 2.0, 2.1)), "baseline": "sdpa", "error": None},
+        {**row("late", p50_ms=2500.0), "status": "modelled", "baseline": "sdpa"},
+        {**row("gone"), "status": "not run", "baseline": "sdpa"},
+    ]
+    Store(tmp_path / "cpu-x", "a").add(rows, run)
+    page = "before\n<!-- bench: network cpu-x a c -->\nold\n<!-- /bench -->\nafter\n"
+    made = report.render_page(page, "../")
+    assert "old" not in made and made.startswith("before\n") and made.endswith("after\n")
+    assert "| `sdpa` | 10 ms | 1 | 1.5e-06 |" in made
+    assert "| `ours` | 1 ms | 2.00x [1.90, 2.10] |  |" in made
+    assert "| `late` | 2.50 s (modelled) |  |  |" in made
+    assert "gone" not in made and "Some CPU, AVX2, torch 2.11, revision abc" in made
+    assert report.render_page(made, "../") == made
+    absent = report.render_page(page.replace("cpu-x", "cuda-nvidia-h200"), "")
+    assert "Not measured: no results of `a` on cuda-nvidia-h200." in absent
+    with pytest.raises(ValueError, match="expected TABLE DEVICE OP CASE"):
+        report.render_page(page.replace(" a c", ""), "")
+    with pytest.raises(ValueError, match="no table 'networks'"):
+        report.render_page(page.replace("network", "networks"), "")
+
+
+def test_pictures_know_when_they_are_stale(tmp_path):
+    results = tmp_path / "results"
+    run = {"revision": "abc", "date": "d"}
+    rows = [
+        {**row("sdpa", **times(900, 1000, 1100)), "case": "x4-2x32x32"},
+        {**row("ours", **times(800, 900, 1000)), "case": "x4-2x32x32"},
+    ]
+    store = Store(results / "cpu-x", "train")
+    store.add(rows, run)
+    (picture,) = plots.pictures(results, tmp_path)
+    assert picture.path.name == "bench_training_cpu-x.png"
+    assert picture.stale()
+    picture.draw()
+    assert not picture.stale()
+    store.add([{**rows[0], "p50_ms": 1001.0}], run)
+    assert picture.stale()

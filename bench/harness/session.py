@@ -78,6 +78,7 @@ class Outcome:
     first: float | None = None
     """Seconds until the first result: made, built, loaded, captured, run once."""
     peak: int | None = None
+    """Bytes above what was held before it was made, first result included."""
     samples: dict[str, list[float]] = field(default_factory=dict)
     """Mode -> seconds, one for every turn."""
 
@@ -192,15 +193,15 @@ class Session:
 
     def _first(self, subject: Subject, name: str, make: Callable[[], Call], to: Outcome) -> Call:
         made: list[Call] = []
+        got: list[tuple[Any, float]] = []
 
         def whole() -> Any:
             made.append(make())
             return made[0]()
 
-        result, to.first = first_call(whole, self.device)
+        to.peak = peak_memory(lambda: got.append(first_call(whole, self.device)), self.device)
+        result, to.first = got.pop()
         to.error = subject.check(name, result)
-        del result
-        to.peak = peak_memory(made[0], self.device)
         to.note = subject.describe(name)
         return made[0]
 

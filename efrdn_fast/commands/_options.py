@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import re
 
-__all__ = ["BACKENDS", "DTYPES", "add_runtime"]
+__all__ = ["BACKENDS", "DTYPES", "add_runtime", "image_size"]
 
 DTYPES = ("auto", "fp32", "tf32", "fp16", "bf16")
 BACKENDS = ("auto", "reference", "triton", "cuda", "cpu")
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Width and height of `WIDTHxHEIGHT`, 3x3 at least."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or min(map(int, match.groups())) < 3:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT of at least 3x3, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:

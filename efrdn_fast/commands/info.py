@@ -5,14 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 
+from ._options import image_size
+
 HELP = "size and cost of the network, published and true; what a checkpoint holds"
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match or min(map(int, match.groups())) < 3:
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT of at least 3x3, got {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--segment-tokens", type=int, help="fixed length of a segment instead")
     parser.add_argument(
         "--size",
-        type=_size,
+        type=image_size,
         metavar="WxH",
         help="LR size. Default: 640x360, 426x240, 320x180 for x2, x3, x4 (1280x720 results)",
     )

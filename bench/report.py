@@ -1,0 +1,166 @@
+"""Tables and pictures of README and docs, generated from the results files, never typed.
+
+    python -m bench.report            write them
+    python -m bench.report --check    exit status 1 where one differs from the results (CI)
+
+A table stands between `<!-- bench: TABLE DEVICE OP CASE -->` and `<!-- /bench -->`; TABLE is
+`network`, `kernels`, `peers` or `blocks`, DEVICE a folder of `bench/results`. A device without
+results says "not measured". Pictures: see `plots`; each holds a digest of the files it shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .harness.provenance import RESULTS
+from .harness.store import load
+
+__all__ = ["PAGES", "main", "render_page"]
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/benchmarks.md")
+BLOCK = re.compile(r"(<!-- bench: (.+?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+
+def _time(row: Mapping[str, Any]) -> str:
+    if not row.get("p50_ms"):
+        return row["status"]
+    unit = f"{row['p50_ms'] / 1e3:.2f} s" if row["p50_ms"] >= 1e3 else f"{row['p50_ms']:.3g} ms"
+    return unit if row["status"] == "measured" else f"{unit} ({row['status']})"
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    if row["variant"] == row["baseline"]:
+        return "1"
+    if not row.get("ratio"):
+        return ""
+    return f"{row['ratio']:.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    shares = {"copy": "copy_share", "matrix product": "matmul_share", "exp": "exp_share"}
+    found = {name: row.get(key) or 0 for name, key in shares.items()}
+    best = max(found, key=lambda name: found[name])
+    return f"{found[best]:.0%} of {best}" if found[best] else ""
+
+
+def _error(row: Mapping[str, Any]) -> str:
+    return "" if row.get("error") is None else f"{row['error']:.1e}"
+
+
+COLUMNS: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
+    "network": {
+        "": lambda row: f"`{row['variant']}`",
+        "time": _time,
+        "speed": _ratio,
+        "max error": _error,
+    },
+    "kernels": {
+        "case": lambda row: f"{row['case']} {row['dtype']}",
+        "": lambda row: f"`{row['variant']}`",
+        "time": _time,
+        "speed": _ratio,
+        "share of the ceiling": _share,
+    },
+    "peers": {
+        "": lambda row: row["variant"],
+        "time": _time,
+        "speed": _ratio,
+        "size": lambda row: row["note"],
+    },
+    "blocks": {
+        "": lambda row: row["variant"],
+        "time": _time,
+    },
+}
+"""Table -> title of a column -> its cell."""
+
+
+def table(kind: str, device: str, op: str, case: str) -> str:
+    """One table as Markdown, with the source of its figures.
+
+    Args:
+        kind: A key of `COLUMNS`.
+        case: Of the rows; "*" takes all.
+
+    Raises:
+        ValueError: No such table.
+    """
+    if kind not in COLUMNS:
+        raise ValueError(f"no table {kind!r}; expected {', '.join(COLUMNS)}")
+    path = RESULTS / device / f"{op}.json"
+    stored = load(path) if path.is_file() else {"rows": [], "runs": {}}
+    rows = [
+        row
+        for row in stored["rows"]
+        if case in ("*", row["case"]) and row["status"] not in ("not run", "wrong", "failed")
+    ]
+    if not rows:
+        return f"Not measured: no results of `{op}` on {device}.\n"
+    columns = COLUMNS[kind]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
+    runs = [stored["runs"][name] for name in dict.fromkeys(row["run"] for row in rows)]
+    about = "; ".join(dict.fromkeys(_about(run) for run in runs))
+    if any(row["variant"] == row["baseline"] for row in rows):
+        about += f". Speed: paired ratio to `{rows[0]['baseline']}` with its interval"
+    return "\n".join([*lines, "", f"{about} ([figures]({{up}}{_relative(path)}))."]) + "\n"
+
+
+def _about(run: Mapping[str, Any]) -> str:
+    versions = run["versions"]
+    return f"{run['device']}, {run['isa']}, torch {versions['torch']}, revision {run['revision']}"
+
+
+def _relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
+def render_page(text: str, up: str) -> str:
+    """A page with its tables made anew; `up` leads from it to the repository's root.
+
+    Raises:
+        ValueError: A marker that names no table.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        words = found[2].split()
+        if len(words) != 4:
+            raise ValueError(f"marker {found[2]!r}: expected TABLE DEVICE OP CASE")
+        return found[1] + "\n" + table(*words).replace("{up}", up) + "\n" + found[3]
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, say what is stale")
+    args = parser.parse_args()
+    from . import plots  # needs matplotlib to draw, not to check
+
+    stale = []
+    for name in PAGES:
+        page = ROOT / name
+        text = page.read_text(encoding="utf-8") if page.is_file() else ""
+        made = render_page(text, "../" * name.count("/"))
+        if made != text:
+            stale.append(name)
+            if not args.check:
+                page.write_text(made, encoding="utf-8")
+    for picture in plots.pictures(RESULTS):
+        if picture.stale():
+            stale.append(_relative(picture.path))
+            if not args.check:
+                picture.draw()
+    verb = "differ from the results; run `python -m bench.report`" if args.check else "written"
+    print(f"{', '.join(stale)} {verb}" if stale else "all tables and pictures are up to date")
+    return 1 if stale and args.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
