@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from efrdn_fast.kernels import _build
+from efrdn_fast.kernels import reference_attention as kernels
 from torch.utils.flop_counter import FlopCounterMode
 
 from efrdn_fast import functional, reference
@@ -96,6 +98,32 @@ def test_emha_of_scores_of_1e4(target, dtype):
     )
 
 
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_emha_in_every_instruction_set(isa):
+    """Of this machine: blocks of one, two and all vectors, widths with a rest, half precision."""
+    if reason := _build.why_not("cpu"):
+        pytest.skip(f"backend cpu: {reason}")
+    _build.load("cpu")
+    ext = torch.ops.efrdn_fast_ext
+    before = ext.cpu_isa()
+    try:
+        ext.use_cpu_isa(isa)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    try:
+        for tokens in (7, 16, 17, 45, 64, 131):
+            case = EmhaCase(1, tokens, 100, heads=2, strided=True)
+            check_forward(case, torch.float32, "cpu", "cpu")
+            check_backward(case, torch.float32, "cpu", "cpu")
+        for case in (EMHA[7], EMHA[8], EMHA[9]):
+            for dtype in (torch.float32, *HALF):
+                check_forward(case, dtype, "cpu", "cpu")
+                check_backward(case, dtype, "cpu", "cpu")
+    finally:
+        ext.use_cpu_isa(before)
+
+
 @pytest.mark.op("emha_backward")
 def test_emha_backward_of_an_expanded_gradient(target):
     check_backward(EMHA[3], torch.float32, *target, expanded=True)
@@ -113,8 +141,6 @@ def test_emha_backward_is_deterministic(target):
 @pytest.mark.parametrize("tokens", [5, 14])
 def test_emha_by_blocks_of_scores_equals_the_flash_kernel(monkeypatch, tokens):
     """What the reference backend does on other devices, here in float64 on the CPU."""
-    from efrdn_fast.kernels import reference_attention as kernels
-
     qkv = make_input((2, tokens, 18), torch.float64)
     grad = make_input((2, tokens, 6), torch.float64, seed=1)
     out, lse = kernels.emha(qkv, 2, 6, False)
