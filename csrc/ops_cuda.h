@@ -1,4 +1,4 @@
-// What the bindings of the CUDA kernels share. Only this header and ops_cuda.cpp see torch (its
+// What the bindings of the CUDA kernels share. Only this header and ops_cuda*.cpp see torch (its
 // stable ABI).
 #pragma once
 

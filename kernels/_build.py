@@ -147,7 +147,7 @@ def _cuda_jobs(cxx: str, cuda: _toolchain.Cuda) -> list[tuple[str, Path, tuple[s
     )
     jobs = [(f"{source.stem}.o", source, nvcc) for source in sorted(CSRC.glob("*.cu"))]
     binding = (*_binding(cxx), "-DUSE_CUDA", f"-isystem{cuda.include}")
-    jobs.append(("ops_cuda.o", CSRC / "ops_cuda.cpp", binding))
+    jobs += [(f"{source.stem}.o", source, binding) for source in sorted(CSRC.glob("ops_cuda*.cpp"))]
     return jobs
 
 

@@ -24,7 +24,9 @@ __all__ = [
     "calibrate_cpu",
     "conv3x3_cuda",
     "emha_backward_cpu",
+    "emha_backward_cuda",
     "emha_cpu",
+    "emha_cuda",
     "fold_cpu",
     "gcrb_backward_cpu",
     "gcrb_backward_cuda",
@@ -146,3 +148,11 @@ def unfold_cpu(*args: Any) -> Tensor:
 
 def fold_cpu(*args: Any) -> Tensor:
     return _op("fold_cpu")(*args)
+
+
+def emha_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    return _op("emha_cuda")(*args)
+
+
+def emha_backward_cuda(*args: Any) -> Tensor:
+    return _op("emha_backward_cuda")(*args)

@@ -74,8 +74,8 @@ def test_library_links_and_registers_its_ops(build, folder):
     link = [*build.link[:at], *objects, *build.link[at + 1 :], "-o", str(library)]
     done = subprocess.run(link, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
-    binding = (_build.CSRC / "ops_cuda.cpp").read_text()
-    names = re.findall(r'm\.impl\("(\w+)"', binding)
+    bindings = "".join(path.read_text() for path in _build.CSRC.glob("ops_cuda*.cpp"))
+    names = re.findall(r'm\.impl\("(\w+)"', bindings)
     program = (
         "import sys, torch\n"
         "torch.ops.load_library(sys.argv[1])\n"

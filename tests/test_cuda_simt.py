@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,30 +12,16 @@ import torch
 from torch import Tensor
 
 from efrdn_fast import reference, testing
-
-_spec = importlib.util.spec_from_file_location(
-    "simt_harness", Path(__file__).parent / "simt" / "harness.py"
-)
-simt = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = simt
-_spec.loader.exec_module(simt)
+from tests.simt import harness as simt
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _toolchain() -> None:
-    missing = [] if shutil.which("g++") else ["g++"]
-    if not simt.cuda_include():
-        missing.append("the CUDA headers (nvcc's toolkit or the nvidia wheels of torch)")
-    if missing and os.environ.get("CI") == "true":
-        pytest.fail(f"not installed: {', '.join(missing)}")
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    for name in ("selftest", "runner"):
-        simt.executable(name)
+    simt.require()
 
 
 def test_binding():
-    """Every op of ops_cuda.cpp, from Python to the kernels and back."""
+    """Every op of ops_cuda*.cpp, from Python to the kernels and back."""
     root = Path(torch.__file__).parent / "include"
     flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", f"-isystem{root}"]
     library = simt.binding(flags)

@@ -1,4 +1,4 @@
-"""Calls every op of ops_cuda.cpp with CPU tensors, the kernels run as fibers.
+"""Calls every op of ops_cuda*.cpp with CPU tensors, the kernels run as fibers.
 
 Usage: python check_binding.py <library built by harness.binding>. The first wrong result raises.
 """
@@ -169,8 +169,50 @@ def check_conv3x3() -> None:
     )
 
 
+def check_emha() -> None:
+    heads, d, length = 2, 18, 17
+
+    def exact(qkv):
+        return reference.emha(qkv, heads, length)
+
+    whole = draw(2, 40, 3 * heads * d + 7).mul_(20)
+    views = {
+        "contiguous": whole[..., : 3 * heads * d].contiguous(),
+        "rows apart": whole[..., 3 : 3 + 3 * heads * d],
+        "every other value": whole.repeat_interleave(2, dim=2)[..., : 6 * heads * d : 2],
+        "tokens turned": whole[..., : 3 * heads * d].transpose(0, 1).contiguous().transpose(0, 1),
+    }
+    for qkv in views.values():
+        for dtype in (torch.float32, torch.float16):
+            given = qkv.to(dtype)
+            out, lse = ext.emha_cuda(given, heads, length, False)
+            assert out.is_contiguous()
+            testing.assert_close_to_reference(out, exact, [given])
+            grad = draw(40, 2, heads * d, seed=1).to(dtype).transpose(0, 1)
+            back = ext.emha_backward_cuda(grad, given, out, lse, heads, length, False)
+            assert back.is_contiguous()
+            expected = testing.gradients(exact, grad)
+            testing.assert_close_to_reference((back,), expected, [given])
+    expect_error("3 * heads * D", ext.emha_cuda, given, 5, length, False)
+    expect_error("at most 64 values a head", ext.emha_cuda, given.repeat(1, 1, 8), 2, 4, False)
+    expect_error("length=0 and the 40 tokens", ext.emha_cuda, given, heads, 0, False)
+    expect_error(
+        "grad_out must have the dtype",
+        ext.emha_backward_cuda,
+        grad.float(),
+        given,
+        out,
+        lse,
+        heads,
+        length,
+        False,
+    )
+
+
+CHECKS = (check_gcrb, check_gcrb_train, check_acrb, check_conv3x3, check_emha)
+
 if __name__ == "__main__":
     torch.ops.load_library(sys.argv[1])
     with testing.poison_empty():
-        for check in (check_gcrb, check_gcrb_train, check_acrb, check_conv3x3):
+        for check in CHECKS:
             check()

@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Sparse", "binding", "cuda_include", "executable", "execute", "run"]
+__all__ = ["DTYPES", "Sparse", "binding", "executable", "execute", "require", "run"]
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
@@ -53,6 +54,21 @@ def cuda_include() -> Path | None:
         if top := re.search(r"TOP=(\S+)", dry):
             candidates.insert(0, Path(top[1]) / "include")
     return next((c for c in candidates if (c / "cuda_fp16.h").exists()), None)
+
+
+def require() -> None:
+    """Build the programs; skip, or in CI fail, where the build lacks something."""
+    needs = {
+        "g++": shutil.which("g++"),
+        "the CUDA headers (nvcc's toolkit or the nvidia wheels of torch)": cuda_include(),
+    }
+    missing = ", ".join(name for name, found in needs.items() if not found)
+    if missing and os.environ.get("CI") == "true":
+        pytest.fail(f"not installed: {missing}")
+    if missing:
+        pytest.skip(f"not installed: {missing}")
+    for name in ("selftest", "runner"):
+        executable(name)
 
 
 def _cache() -> Path:
@@ -114,18 +130,21 @@ def executable(name: str) -> Path:
 def binding(torch_flags: Sequence[str]) -> Path:
     """Build the library of the CUDA ops so that it takes CPU tensors and runs kernels as fibers.
 
-    Not sanitized. Only the dispatch key in ops_cuda.cpp differs from the real library.
+    Not sanitized. Only the dispatch key in ops_cuda*.cpp differs from the real library.
     """
     flags = [*_flags(), "-fPIC"]
-    source = (CSRC / "ops_cuda.cpp").read_text()
     key = "STABLE_TORCH_LIBRARY_IMPL(efrdn_fast_ext, {}, m)"
-    assert key.format("CUDA") in source
-    source = source.replace(key.format("CUDA"), key.format("CPU"))
-    moved = _cache() / f"ops_cuda_{hashlib.sha256(source.encode()).hexdigest()[:16]}.cpp"
-    part = moved.with_suffix(f".{os.getpid()}.part")
-    part.write_text(source)
-    part.rename(moved)
-    bindings = _objects([moved, HERE / "no_device.cpp"], [*flags, *torch_flags])
+    moved = []
+    for path in sorted(CSRC.glob("ops_cuda*.cpp")):
+        source = path.read_text()
+        assert key.format("CUDA") in source
+        source = source.replace(key.format("CUDA"), key.format("CPU"))
+        digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+        moved.append(_cache() / f"{path.stem}_{digest}.cpp")
+        part = moved[-1].with_suffix(f".{os.getpid()}.part")
+        part.write_text(source)
+        part.rename(moved[-1])
+    bindings = _objects([*moved, HERE / "no_device.cpp"], [*flags, *torch_flags])
     objects = [*_objects(sorted(CSRC.glob("*.cu")), flags), *bindings]
     link = ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects)]
     root = Path(torch.__file__).parent

@@ -4,9 +4,11 @@
 #include "acrb.h"
 #include "case.h"
 #include "conv3x3.h"
+#include "emha.h"
 #include "gcrb.h"
 #include "gcrb_train.h"
 #include "reduce.h"
+#include "token.h"
 
 namespace {
 
@@ -142,6 +144,89 @@ cudaError_t conv3x3_fwd(const Case& c) {
   return efrdn_fast::launch_conv3x3_fwd(p, nullptr);
 }
 
+efrdn_fast::EmhaParams emha_params(const Case& c) {
+  return {c.dtype("qkv"),
+          c.number("tf32") != 0,
+          c.number("N"),
+          c.number("T"),
+          c.number("length"),
+          static_cast<int>(c.number("heads")),
+          static_cast<int>(c.number("d")),
+          c.data("qkv"),
+          c.number("stride_n"),
+          c.number("stride_t"),
+          c.data("out"),
+          c.data<float>("lse")};
+}
+
+cudaError_t emha_fwd(const Case& c) { return efrdn_fast::launch_emha_fwd(emha_params(c), nullptr); }
+
+cudaError_t emha_bwd(const Case& c) {
+  efrdn_fast::EmhaBackwardParams p{};
+  p.forward = emha_params(c);
+  p.grad_out = c.data("grad_out");
+  p.grad_stride_n = c.number("grad_stride_n");
+  p.grad_stride_t = c.number("grad_stride_t");
+  p.grad_qkv = c.data("grad_qkv");
+  const simt::Buffer delta(c.number("N") * c.number("heads") * c.number("T") * sizeof(float));
+  p.delta = floats(delta);
+  return efrdn_fast::launch_emha_bwd(p, nullptr);
+}
+
+efrdn_fast::TokenMap token_map(const Case& c) {
+  return {c.dtype("x"), c.number("tf32") != 0,           c.number("N"), c.number("H"),
+          c.number("W"), static_cast<int>(c.number("C")), c.map("x"),    c.dtype("proj_weight")};
+}
+
+cudaError_t token_qkv(const Case& c) {
+  efrdn_fast::TokenQkvParams p{};
+  p.map = token_map(c);
+  p.eps = 1e-5f;
+  p.inner = static_cast<int>(c.number("inner"));
+  p.outer = static_cast<int>(c.number("outer"));
+  p.gamma = c.data("gamma");
+  p.beta = c.data("beta");
+  p.reduce = c.data("proj_weight");
+  p.qkv = c.data("qkv");
+  p.out = c.data("out");
+  return efrdn_fast::launch_token_qkv_fwd(p, nullptr);
+}
+
+cudaError_t token_hidden(const Case& c) {
+  efrdn_fast::TokenHiddenParams p{};
+  p.map = token_map(c);
+  p.eps = 1e-5f;
+  p.width = static_cast<int>(c.number("width"));
+  p.hidden = static_cast<int>(c.number("hidden"));
+  p.a = c.data("a");
+  p.a_stride_n = c.number("a_stride_n");
+  p.a_stride_t = c.number("a_stride_t");
+  p.proj_weight = c.data("proj_weight");
+  p.proj_bias = c.data("proj_bias");
+  p.gamma = c.data("gamma");
+  p.beta = c.data("beta");
+  p.fc1_weight = c.data("fc1_weight");
+  p.fc1_bias = c.data("fc1_bias");
+  p.h = c.data("out");
+  return efrdn_fast::launch_token_hidden_fwd(p, nullptr);
+}
+
+cudaError_t token_fold(const Case& c) {
+  efrdn_fast::TokenFoldParams p{};
+  p.map = token_map(c);
+  p.mean = c.number("mean") != 0;
+  p.width = static_cast<int>(c.number("width"));
+  p.hidden = static_cast<int>(c.number("hidden"));
+  p.a = c.map("a");
+  p.h = c.map("h");
+  p.proj_weight = c.data("proj_weight");
+  p.proj_bias = c.data("proj_bias");
+  p.fc2_weight = c.data("fc2_weight");
+  p.fc2_bias = c.data("fc2_bias");
+  p.y = c.map("out");
+  return efrdn_fast::launch_token_fold_fwd(p, nullptr);
+}
+
 cudaError_t reduce_rows(const Case& c) {
   efrdn_fast::ReduceTargets targets;
   targets.dtype = c.dtype("first");
@@ -161,7 +246,10 @@ const struct {
 } kOps[] = {{"gcrb_fwd", gcrb_fwd},       {"gcrb_bwd", gcrb_bwd},
             {"gcrb_train", gcrb_train},   {"gcrb_train_bwd", gcrb_train_bwd},
             {"acrb_fwd", acrb_fwd},       {"acrb_bwd", acrb_bwd},
-            {"conv3x3_fwd", conv3x3_fwd}, {"reduce_rows", reduce_rows}};
+            {"conv3x3_fwd", conv3x3_fwd}, {"emha_fwd", emha_fwd},
+            {"emha_bwd", emha_bwd},       {"token_qkv", token_qkv},
+            {"token_hidden", token_hidden}, {"token_fold", token_fold},
+            {"reduce_rows", reduce_rows}};
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// The tensor core product of csrc/mma.cuh for kernels that run under simt.h.
+// The tensor core instructions of csrc/mma.cuh for kernels that run under simt.h.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -56,6 +56,40 @@ void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], SIMT_HER
           }
       },
       &mine, "mma", SIMT_SITE);
+}
+
+struct LdmatrixOperands {
+  const unsigned* row;
+  unsigned* words;
+  bool turned;
+};
+
+// `Count` 8 x 8 matrices of 16-bit values; lane 8 i + j gives row j of matrix i.
+template <int Count>
+void ldmatrix(unsigned (&words)[Count], const unsigned* row, bool turned, SIMT_HERE) {
+  LdmatrixOperands mine{row, words, turned};
+  warp_collective(
+      ~0u,
+      [](unsigned, void* const* lanes) {
+        const auto lane = [&](int i) { return *static_cast<LdmatrixOperands*>(lanes[i]); };
+        for (int matrix = 0; matrix < Count; matrix++) {
+          uint16_t values[8][8];
+          for (int i = 0; i < 8; i++) {
+            const unsigned* from = lane(8 * matrix + i).row;
+            if (reinterpret_cast<uintptr_t>(from) % 16)
+              fail("lane %d gives ldmatrix a row off a 16-byte boundary", 8 * matrix + i);
+            std::memcpy(values[i], from, sizeof values[i]);
+          }
+          for (int i = 0; i < kWarp; i++) {
+            const int g = i / 4, t = i % 4;
+            const bool turn = lane(i).turned;
+            const unsigned low = turn ? values[2 * t][g] : values[g][2 * t];
+            const unsigned high = turn ? values[2 * t + 1][g] : values[g][2 * t + 1];
+            lane(i).words[matrix] = low | high << 16;
+          }
+        }
+      },
+      &mine, "ldmatrix", SIMT_SITE);
 }
 
 }  // namespace simt
