@@ -25,7 +25,7 @@ from .distributed import World
 from .model import EFRDN
 from .resize import imresize
 from .tables import bicubic_rows, paper_tables
-from .upscaler import Upscaler, prepare
+from .upscaler import Upscaler, fast_form, prepare
 
 __all__ = [
     "Check",
@@ -149,7 +149,8 @@ def load_network(
     if stored.config["scale"] != scale:
         raise ValueError(f"{source} upscales by {stored.config['scale']}, not by {scale}")
     overrides = {"segment_tokens": segment_tokens} if segment_tokens else {}
-    net = prepare(EFRDN.from_pretrained(path, **overrides), resolve_device(device))
+    where = resolve_device(device)
+    net = fast_form(prepare(EFRDN.from_pretrained(path, **overrides), where), where, backend)
     config = net.config.to_dict()
     net = SelfEnsemble(net) if self_ensemble else net
     upscaler = Upscaler(scale, net, tile=tile, dtype=dtype, backend=backend)

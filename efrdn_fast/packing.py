@@ -317,7 +317,7 @@ class PackedTransformer:
         qkv = torch.cat([F.linear(F.linear(self.norm(p, 0), self.reduce), self.qkv) for p in parts])
         heads, length = self.emha.heads, self.emha.segment_length(count)
         attention = self.emha.attention
-        if attention is reference.emha:  # nothing else was asked for by `set_attention`
+        if attention in (reference.emha, reference.emha_sdpa):  # the same, through PyTorch
             attention = functools.partial(functional.emha, backend=self.backend)
         a = attention(qkv.view(n, count, -1), heads, length).flatten(0, 1)
         del qkv

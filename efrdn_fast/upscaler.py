@@ -19,15 +19,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from . import checkpoint, images
+from . import checkpoint, dispatch, images
 from .device import PRECISIONS, float32_ends, resolve_device
 from .encode import to_pil
-from .errors import BackendUnavailable
+from .fast import accelerate
 from .inference import Outcome, Progress, run
 from .model import EFRDN
+from .packing import OPS
 from .reference import emha_sdpa
 
-__all__ = ["Upscaler", "prepare", "upscale"]
+__all__ = ["Upscaler", "fast_form", "prepare", "upscale"]
 
 PEAKS = {torch.uint8: 255, torch.uint16: 65535}
 KEPT_INFO = ("icc_profile", "exif", "xmp", "dpi", "comment")
@@ -90,7 +91,10 @@ class Upscaler:
         overlap: Pixels that neighbouring tiles share. Default: `inference.OVERLAP`.
         exact: Bands of `tile` rows with the numbers of the whole image, see `efrdn_fast.exact`.
         segment_tokens: Attention by segments of so many tokens, for a stored `model`.
-        backend: "auto" or "reference".
+        backend: Of the ops of the network, see `EFRDNFast`; "reference" is the plain network.
+
+    Raises:
+        BackendUnavailable: `backend` cannot run here.
     """
 
     outcome: Outcome | None = None
@@ -111,23 +115,19 @@ class Upscaler:
     ):
         if dtype not in PRECISIONS:
             raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}; got {dtype!r}")
-        if backend not in ("auto", "reference"):
-            raise BackendUnavailable(
-                f"backend {backend!r} runs single ops, not yet the whole network; "
-                "upscaling takes 'auto' or 'reference'"
-            )
         if isinstance(model, nn.Module):
             if segment_tokens is not None:
                 raise ValueError("segment_tokens is for stored models: EFRDN(segment_tokens=...)")
-            self.net = model
             own = next((p.device for p in model.parameters()), torch.device("cpu"))
             self.device = own if device is None else torch.device(device)
             if self.device.type != own.type:
                 raise ValueError(f"the model is on {own}, device={device!r} was asked for: move it")
+            self.net = fast_form(model, self.device, backend)
         else:
             self.device = resolve_device(device)
             path = checkpoint.resolve(f"x{scale or 4}" if model is None else model)
-            self.net = _load(path, path.stat().st_mtime_ns, self.device, segment_tokens)
+            asked = segment_tokens, dispatch.requested(backend)
+            self.net = _load(path, path.stat().st_mtime_ns, self.device, *asked)
         own_scale = getattr(self.net, "scale", None)
         self.scale = scale or own_scale or 4
         if own_scale not in (None, self.scale):
@@ -229,6 +229,20 @@ def prepare(net: EFRDN, device: torch.device) -> EFRDN:
     return float32_ends(net.set_attention(emha_sdpa)).to(device)
 
 
+def fast_form(net: nn.Module, device: torch.device, backend: str = "auto") -> nn.Module:
+    """`net` as EFRDNFast, on the same weights, unless it is no plain EFRDN or has hooks.
+
+    Raises:
+        ValueError: No backend has this name.
+        BackendUnavailable: `backend` cannot run on `device`.
+    """
+    dispatch.plan(OPS, backend, torch.empty(0, device=device))
+    if type(net) is not EFRDN or dispatch.requested(backend) == "reference":
+        return net
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    return net if hooked else accelerate(net, backend=backend)
+
+
 def fill_clear(colour: Tensor, alpha: Tensor) -> Tensor:
     """Colour `[N, C, H, W]` with the pixels where `alpha` is 0 filled from visible neighbours.
 
@@ -284,10 +298,12 @@ def _check_tensor(x: Tensor) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(path: Path, _modified: int, device: torch.device, segment_tokens: int | None) -> EFRDN:
+def _load(
+    path: Path, _modified: int, device: torch.device, segment_tokens: int | None, backend: str
+) -> EFRDN:
     """Network of a checkpoint on `device`; read again when the file has changed."""
     given = {} if segment_tokens is None else {"segment_tokens": segment_tokens}
-    return prepare(EFRDN.from_pretrained(path, **given), device)
+    return fast_form(prepare(EFRDN.from_pretrained(path, **given), device), device, backend)
 
 
 class _evaluating:
