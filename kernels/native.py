@@ -30,6 +30,7 @@ __all__ = [
     "fold_cpu",
     "gcrb_backward_cpu",
     "gcrb_backward_cuda",
+    "gcrb_chain_cpu",
     "gcrb_cpu",
     "gcrb_cuda",
     "gcrb_train_backward_cpu",
@@ -40,6 +41,9 @@ __all__ = [
     "merge3x3_cpu",
     "sigmoid_gate_backward_cpu",
     "sigmoid_gate_cpu",
+    "token_fold_cuda",
+    "token_hidden_cuda",
+    "token_qkv_cuda",
     "unfold_cpu",
 ]
 
@@ -64,6 +68,12 @@ def gcrb_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
 
 def gcrb_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     return _op("gcrb_backward_cuda")(*args)
+
+
+def gcrb_chain_cpu(x: Tensor, params: list[Tensor], groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    g1 = gcrb_cpu(x, *params[:6], groups)
+    g2 = gcrb_cpu(g1, *params[6:12], groups)
+    return g1, g2, gcrb_cpu(g2, *params[12:], groups)
 
 
 def gcrb_train_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,3 +166,15 @@ def emha_cuda(*args: Any) -> tuple[Tensor, Tensor]:
 
 def emha_backward_cuda(*args: Any) -> Tensor:
     return _op("emha_backward_cuda")(*args)
+
+
+def token_qkv_cuda(*args: Any) -> Tensor:
+    return _op("token_qkv_cuda")(*args)
+
+
+def token_hidden_cuda(*args: Any) -> Tensor:
+    return _op("token_hidden_cuda")(*args)
+
+
+def token_fold_cuda(*args: Any) -> Tensor:
+    return _op("token_fold_cuda")(*args)

@@ -5,6 +5,7 @@ Usage: python check_binding.py <library built by harness.binding>. The first wro
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -209,7 +210,59 @@ def check_emha() -> None:
     )
 
 
-CHECKS = (check_gcrb, check_gcrb_train, check_acrb, check_conv3x3, check_emha)
+def check_tokens() -> None:
+    c, width, hidden = 5, 10, 7
+    gamma, beta = 1 + draw(9 * c).mul_(0.2), draw(9 * c, seed=1)
+    reduce, qkv = draw(width, 9 * c, seed=2), draw(3 * width, width, seed=3)
+    proj, offset = draw(9 * c, width, seed=4), draw(9 * c, seed=5)
+    fc1, offset1 = draw(hidden, 9 * c, seed=6), draw(hidden, seed=7)
+    fc2 = draw(9 * c, hidden, seed=8)
+    for layout in LAYOUTS:
+        for dtype in (torch.float32, torch.float16):
+            x = testing.make_input((2, c, 3, 4), dtype, layout=layout)
+            out = ext.token_qkv_cuda(x, gamma, beta, reduce, qkv, 1e-5, False)
+            args = [x, gamma, beta, reduce, qkv]
+            testing.assert_close_to_reference(out, reference.token_qkv, args)
+            a = draw(12, 2, 2 * width, seed=9).to(dtype).transpose(0, 1)[..., ::2]
+            args = [x, a, proj, offset, gamma, beta, fc1, offset1]
+            h = ext.token_hidden_cuda(*args, 1e-5, False)
+            testing.assert_close_to_reference(h, reference.token_hidden, args)
+            args = [x, a, h, proj, offset, fc2, offset]
+            for mean in (False, True):
+                y = ext.token_fold_cuda(*args, mean, False)
+                assert is_nhwc(y)
+                exact = functools.partial(reference.token_fold, mean=mean)
+                testing.assert_close_to_reference(y, exact, args)
+    expect_error("gamma must have 45", ext.token_qkv_cuda, x, fc1, *args[1:4], 1e-5, False)
+    wide = x.repeat(1, 20, 1, 1)
+    norm = torch.ones(900, dtype=dtype)
+    matrices = torch.ones(9, 900, dtype=dtype), torch.ones(9, 9, dtype=dtype)
+    expect_error(
+        "do not fit into shared memory",
+        ext.token_qkv_cuda,
+        wide,
+        norm,
+        norm,
+        *matrices,
+        1e-5,
+        False,
+    )
+    expect_error(
+        "a must be [N, H W, width]",
+        ext.token_fold_cuda,
+        x,
+        a[:1],
+        h,
+        proj,
+        offset,
+        fc2,
+        offset,
+        True,
+        False,
+    )
+
+
+CHECKS = (check_gcrb, check_gcrb_train, check_acrb, check_conv3x3, check_emha, check_tokens)
 
 if __name__ == "__main__":
     torch.ops.load_library(sys.argv[1])
