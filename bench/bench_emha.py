@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.harness.model import Point
 from bench.harness.session import Call, Session, Subject
 from bench.harness.work import Work, largest_error
-from efrdn_fast import dispatch, ops, reference
+from efrdn_fast import dispatch, ops_attention, reference
 from efrdn_fast.cases_attention import EmhaCase, attention_rows
 
 __all__ = ["BASELINE", "SIZES", "bench_emha", "cases_of", "names"]
@@ -77,7 +77,7 @@ def makers(args: tuple, device: torch.device, full: bool) -> dict[str, Callable[
             return lambda: function(qkv, heads, length)
 
         made["compile"] = compiled
-    op = getattr(torch.ops, ops.NAMESPACE).emha
+    op = getattr(torch.ops, ops_attention.NAMESPACE).emha
     for name in names(device, full):
         if name not in made:
             made[name] = lambda name=name: lambda: op(qkv, heads, length, tf32, name)[0]
