@@ -24,6 +24,8 @@ EXTRAS = {
 }
 for extra in ("export", "images", "video", "train", "bench"):
     EXTRAS["test"] += EXTRAS[extra]
+# What the bench compares with; it names what is missing, and tests do without.
+EXTRAS["bench"] = [*EXTRAS["bench"], *EXTRAS["export"], "openvino>=2025.0", "spandrel>=0.4"]
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.9", "pre-commit>=3", "build>=1"]
 
 setup(

@@ -21,8 +21,9 @@ from efrdn_fast.reference import emha_sdpa
 __all__ = ["TrainCase", "bench_train", "cases_of", "names", "subject"]
 
 BASELINE = "sdpa"
-TOLERANCES = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
-"""Largest error of the gradient, in units of its largest value."""
+TOLERANCES = {"float32": 2e-3, "float16": 5e-2, "bfloat16": 2e-1}
+"""Largest error of the gradient, in units of its largest value. Of an L1 loss it is a sum of signs,
+which rounding flips: plain float32 differs from float64 by 4e-4."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def subject(case: TrainCase, session: Session) -> Subject:
     def check(name: str, grad: Tensor) -> float:
         error = (grad.double() - exact()).abs().max().item() / exact().abs().max().item()
         bound = TOLERANCES[str(_dtype(name)).removeprefix("torch.")]
-        assert error <= bound, f"{name}: gradient differs by {error:.2e}, bound {bound}"  # also NaN
+        if not error <= bound:  # also NaN
+            raise AssertionError(f"{name}: gradient differs by {error:.2e}, bound {bound}")
         return error
 
     chosen = [n for n in names(device, session.full) if session.wants(n, BASELINE)]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from efrdn_fast import functional, packing
 from efrdn_fast.counts import Cost
+from efrdn_fast.fast import EFRDNFast
 
 __all__ = ["GROUPS", "REST", "Group", "block_times", "groups"]
 
@@ -26,12 +27,12 @@ GROUPS = {
     "GCRB": ("GCRB", "PackedGCRB"),
     "ACRB": ("ACRB",),
     "ESA": ("ESA", "PackedESA"),
-    "CC": ("CC", "Gate"),
+    "CC": ("CC", "PackedCC"),
     "self-calibrated": ("SCSA", "SCCA", "PackedSC"),
     "GConv": ("GConv", "PackedGConv"),
     "attention": ("EMHA",),
     "tokens": ("TransformerBlock", "PackedTransformer"),
-    REST: ("Conv2d", "Conv"),
+    REST: ("Conv2d", "Conv", "Merge"),
 }
 """Group -> classes of its blocks, plain and packed. "tokens": a transformer block but attention."""
 BETWEEN = "between blocks"  # sums, concatenations, what no block claims
@@ -152,7 +153,8 @@ def block_times(net: nn.Module, x: Tensor) -> dict[str, float]:
 
 def _sections(net: nn.Module) -> Iterator[tuple[Any, str, str]]:
     """(object, attribute, group) of all that is timed: modules, packed classes, ops."""
-    for module in net.modules():
+    # A fast network runs packed classes and ops; another attention in a module would change it.
+    for module in () if isinstance(net, EFRDNFast) else net.modules():
         name = _NAMES.get(type(module).__name__)
         if name == "attention":
             yield module, "attention", name
