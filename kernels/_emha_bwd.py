@@ -2,9 +2,8 @@
 
 Probabilities are recomputed from the log-sum-exp. One kernel streams over the keys for dQ and
 leaves two numbers for every query: norm, which makes the recomputed probabilities add up to 1 (a
-log-sum-exp of 1e4 in float32 is off by 1e-3), and norm times delta, the sum over channels of
-dO x O. One streams over the queries for dK and dV. No atomics: the gradients are the same in every
-run.
+log-sum-exp of 1e4 in float32 is off by 1e-3), and delta, the sum over channels of dO x O. One
+streams over the queries for dK and dV. No atomics: the gradients are the same in every run.
 
 delta from the stored O is off by the rounding of O, which large keys multiply; the rows of the
 gradient of the scores add up to 0, and what they miss corrects it.
@@ -105,7 +104,7 @@ def _emha_bwd_query_kernel(
         delta += rest * norm
         acc -= (rest * norm)[:, None] * keys
         tl.store(norm_ptr + lane * 2, norm, mask=token < end)
-        tl.store(norm_ptr + lane * 2 + 1, norm * delta, mask=token < end)
+        tl.store(norm_ptr + lane * 2 + 1, delta, mask=token < end)
         grad_rows = grad_ptr + row * (3 * WIDTH) + head * D + column
         store_heads(grad_rows, acc * (norm * (scale / LOG2E))[:, None], end - first, D)
 
@@ -142,9 +141,8 @@ def _emha_bwd_key_kernel(
             lse = tl.load(lse_ptr + lane, mask=ok, other=0.0) * LOG2E
             norm = tl.load(norm_ptr + lane * 2, mask=ok, other=0.0)
             delta = tl.load(norm_ptr + lane * 2 + 1, mask=ok, other=0.0)
-            grad = (grad.to(tl.float32) * norm[:, None]).to(grad.dtype)
             scores = dot(k, tl.trans(q), zeros, PRECISION)
-            p = tl.exp2(scores * scale - lse[None, :])
+            p = tl.exp2(scores * scale - lse[None, :]) * norm[None, :]
             grad_v = dot(p.to(grad.dtype), grad, grad_v, PRECISION)
             grad_p = dot(v, tl.trans(grad), zeros, PRECISION)
             grad_scores = p * (grad_p - delta[None, :])
@@ -168,14 +166,16 @@ def exp2_scale(width: int) -> float:
 
 
 def _config(qkv: Tensor, length: int, padded: int, split: bool) -> dict[str, Any]:
-    """Launch config of both kernels; see `emha`."""
+    """Launch config of both kernels: ROWS of a program and COLUMNS at a time, warps, stages.
+
+    Rows are queries, columns keys, in the second kernel the other way round.
+    """
     name = str(qkv.dtype).removeprefix("torch.") + ("x3" if split else "")
     tuned = _configs.lookup("emha_backward", f"{name}-D{padded}", length, qkv.device)
     if tuned is not None:
         return tuned
     single = qkv.dtype == torch.float32
-    return {"BLOCK_M": 32 if single else 64, "BLOCK_N": 32 if single else 64,
-            "num_warps": 4, "num_stages": 1 if single else 2}  # fmt: skip
+    return {"ROWS": 64, "COLUMNS": 16 if single else 32, "num_warps": 4, "num_stages": 1}
 
 
 def emha_backward(
@@ -189,21 +189,22 @@ def emha_backward(
     padded = max(16, triton.next_power_of_2(width // heads))
     product = precision(qkv, tf32)
     options = dict(_config(qkv, length, padded, product == "tf32x3"))
+    rows, columns = options.pop("ROWS"), options.pop("COLUMNS")
     options |= {"HEADS": heads, "D": width // heads, "DP": padded, "PRECISION": product}
     grad_qkv = torch.empty((n, tokens, 3 * width), dtype=qkv.dtype, device=qkv.device)
-    norm = lse.new_empty((*lse.shape, 2))  # norm, norm x delta
+    norm = lse.new_empty((*lse.shape, 2))  # norm, delta
     shape = (tokens, length, *qkv.stride()[:2], *grad_out.stride()[:2], exp2_scale(width // heads))
     segments = n * triton.cdiv(tokens, length) * heads
     launch(
         _emha_bwd_query_kernel,
-        segments * triton.cdiv(length, options["BLOCK_M"]),
+        segments * triton.cdiv(length, rows),
         *(qkv, grad_out, out.contiguous(), lse.contiguous(), norm, grad_qkv, *shape),
-        **options,
+        **(options | {"BLOCK_M": rows, "BLOCK_N": columns}),
     )
     launch(
         _emha_bwd_key_kernel,
-        segments * triton.cdiv(length, options["BLOCK_N"]),
+        segments * triton.cdiv(length, rows),
         *(qkv, grad_out, lse.contiguous(), norm, grad_qkv, *shape),
-        **options,
+        **(options | {"BLOCK_M": columns, "BLOCK_N": rows}),
     )
     return grad_qkv

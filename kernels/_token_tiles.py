@@ -15,6 +15,8 @@ from torch import Tensor
 from ._launch import dot, launch
 
 __all__ = [
+    "channel_tiles",
+    "columns",
     "fold_norm",
     "fold_rows",
     "inside_map",
@@ -23,9 +25,11 @@ __all__ = [
     "normed_linear",
     "overlaps",
     "padded_width",
+    "tap_weights",
     "token_tap",
     "token_tile",
     "width_blocks",
+    "zero_blocks",
 ]
 
 
@@ -39,9 +43,37 @@ def width_blocks(size: int) -> tuple[tuple[int, int], ...]:
     return tuple(blocks)
 
 
+def channel_tiles(x: Tensor) -> dict[str, int]:
+    """C of a map `[N, C, H, W]` and CP, what its pixels are padded to on chip."""
+    return {"C": x.shape[1], "CP": max(16, triton.next_power_of_2(x.shape[1]))}
+
+
 def padded_width(size: int) -> int:
     """Where the last of `width_blocks` ends."""
     return sum(width_blocks(size)[-1])
+
+
+@triton.jit
+def columns(BLOCKS: tl.constexpr, b: tl.constexpr):
+    """Columns of block b."""
+    START: tl.constexpr = BLOCKS[b][0]
+    WIDTH: tl.constexpr = BLOCKS[b][1]
+    return START + tl.arange(0, WIDTH)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, BLOCKS: tl.constexpr, b: tl.constexpr):
+    WIDTH: tl.constexpr = BLOCKS[b][1]
+    return tl.zeros((ROWS, WIDTH), tl.float32)
+
+
+@triton.jit
+def zero_blocks(ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    """A tile of zeros `[ROWS, width]` for each block."""
+    tiles = ()
+    for b in tl.static_range(len(BLOCKS)):
+        tiles += (_zeros(ROWS, BLOCKS, b),)
+    return tiles
 
 
 @triton.jit
@@ -79,14 +111,14 @@ def load_blocks(ptr, row, ok, SIZE: tl.constexpr, BLOCKS: tl.constexpr):
     """Rows of SIZE values as tiles, one for each block; zero where not `ok` and behind SIZE."""
     tiles = ()
     for b in tl.static_range(len(BLOCKS)):
-        k = BLOCKS[b][0] + tl.arange(0, BLOCKS[b][1])
+        k = columns(BLOCKS, b)
         pointers = ptr + row[:, None] * SIZE + k[None, :]
         tiles += (tl.load(pointers, mask=ok[:, None] & (k < SIZE)[None, :], other=0.0),)
     return tiles
 
 
 @triton.jit
-def _tap_weights(w_ptr, k, tap, SIZE: tl.constexpr, C: tl.constexpr, CP: tl.constexpr):
+def tap_weights(w_ptr, k, tap, SIZE: tl.constexpr, C: tl.constexpr, CP: tl.constexpr):
     """Rows of one tap of a weight `[9 C, SIZE]`, channel-major: `[len(k), CP]`."""
     c = tl.arange(0, CP)
     pointers = w_ptr + (c * 9 + tap)[None, :] * SIZE + k[:, None]
@@ -105,8 +137,8 @@ def token_tap(x_ptr, a, proj_ptr, bias_ptr, n, y, x, tap, H, W, stride_n, stride
         c = tl.arange(0, CP)
         t += tl.load(bias_ptr + c * 9 + tap, mask=c < C, other=0.0).to(tl.float32)[None, :]
         for b in tl.static_range(len(A_BLOCKS)):
-            k = A_BLOCKS[b][0] + tl.arange(0, A_BLOCKS[b][1])
-            t = dot(a[b], _tap_weights(proj_ptr, k, tap, M, C, CP), t, PRECISION)
+            k = columns(A_BLOCKS, b)
+            t = dot(a[b], tap_weights(proj_ptr, k, tap, M, C, CP), t, PRECISION)
     return t
 
 
@@ -130,9 +162,7 @@ def normed_linear(x_ptr, a, proj_ptr, bias_ptr, w_ptr, uv_ptr, n, y, x, H, W,
     shift = tl.zeros((P,), tl.float32)
     sums = tl.zeros((P, CP), tl.float32)
     squares = tl.zeros((P, CP), tl.float32)
-    acc = ()
-    for b in tl.static_range(len(BLOCKS)):
-        acc += (tl.zeros((P, BLOCKS[b][1]), tl.float32),)
+    acc = zero_blocks(P, BLOCKS)
     for i in range(9):
         tap = (i + 4) % 9  # from the centre, which is never padding
         t = token_tap(x_ptr, a, proj_ptr, bias_ptr, n, y, x, tap, H, W, stride_n, stride_h,
@@ -143,7 +173,7 @@ def normed_linear(x_ptr, a, proj_ptr, bias_ptr, w_ptr, uv_ptr, n, y, x, H, W,
         squares += t * t
         added = ()
         for b in tl.static_range(len(BLOCKS)):
-            column = BLOCKS[b][0] + tl.arange(0, BLOCKS[b][1])
+            column = columns(BLOCKS, b)
             w = tl.load(w_ptr + (tap * CP + c)[:, None] * LP + column[None, :])
             added += (dot(t.to(dtype), w, acc[b], PRECISION),)
         acc = added
@@ -152,7 +182,7 @@ def normed_linear(x_ptr, a, proj_ptr, bias_ptr, w_ptr, uv_ptr, n, y, x, H, W,
     rstd = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
     out = ()
     for b in tl.static_range(len(BLOCKS)):
-        u = tl.load(uv_ptr + BLOCKS[b][0] + tl.arange(0, BLOCKS[b][1]))
+        u = tl.load(uv_ptr + columns(BLOCKS, b))
         out += ((acc[b] - mean[:, None] * u[None, :]) * rstd[:, None],)
     return out, shift + mean, rstd
 
@@ -177,8 +207,8 @@ def fold_rows(acc, rows_ptr, scale_ptr, w_ptr, n, y, x, H, W, C: tl.constexpr, C
             if scale_ptr is not None:
                 scale = tl.load(scale_ptr + token * SCALES, mask=ok, other=0.0)
                 tile = (tile.to(tl.float32) * scale[:, None]).to(tile.dtype)
-            k = BLOCKS[b][0] + tl.arange(0, BLOCKS[b][1])
-            acc = dot(tile, _tap_weights(w_ptr, k, tap, SIZE, C, CP), acc, PRECISION)
+            k = columns(BLOCKS, b)
+            acc = dot(tile, tap_weights(w_ptr, k, tap, SIZE, C, CP), acc, PRECISION)
     return acc
 
 

@@ -18,10 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _configs
+from . import _configs, _transformer_bwd
 from ._emha_bwd import precision
 from ._launch import dot, empty_map, launch, map_strides, readable, relu
 from ._token_tiles import (
+    channel_tiles,
+    columns,
     fold_norm,
     fold_rows,
     inside_map,
@@ -50,14 +52,14 @@ def _token_qkv_kernel(
                                  PRECISION)  # fmt: skip
     reduced = ()
     for b in tl.static_range(len(BLOCKS)):
-        v = tl.load(uv_ptr + LP + BLOCKS[b][0] + tl.arange(0, BLOCKS[b][1]))
+        v = tl.load(uv_ptr + LP + columns(BLOCKS, b))
         reduced += ((normed[b] + v[None, :]).to(dtype),)
     out_rows = out_ptr + (n * H * W + token)[:, None] * (3 * L)
     for start in range(0, 3 * L, NB):
         column = start + tl.arange(0, NB)
         out = tl.zeros((P, NB), tl.float32)
         for b in tl.static_range(len(BLOCKS)):
-            k = BLOCKS[b][0] + tl.arange(0, BLOCKS[b][1])
+            k = columns(BLOCKS, b)
             mask = (k < L)[:, None] & (column < 3 * L)[None, :]
             w = tl.load(qkv_ptr + column[None, :] * L + k[:, None], mask=mask, other=0.0)
             out = dot(reduced[b], w, out, PRECISION)
@@ -79,7 +81,7 @@ def _token_hidden_kernel(
                                  stride_n, stride_h, stride_w, eps, C, CP, M, A_BLOCKS, BLOCKS,
                                  LP, PRECISION)  # fmt: skip
     for b in tl.static_range(len(BLOCKS)):
-        column = BLOCKS[b][0] + tl.arange(0, BLOCKS[b][1])
+        column = columns(BLOCKS, b)
         h = relu(normed[b] + tl.load(uv_ptr + LP + column)[None, :])
         mask = (y < H)[:, None] & (column < L)[None, :]
         out = out_ptr + row[:, None] * L + column[None, :]
@@ -125,10 +127,6 @@ def _config(op: str, x: Tensor, product: str) -> dict[str, Any]:
     return config | ({"NB": 32} if op == "token_qkv" else {})
 
 
-def _channels(x: Tensor) -> dict[str, int]:
-    return {"C": x.shape[1], "CP": max(16, triton.next_power_of_2(x.shape[1]))}
-
-
 def token_qkv(
     x: Tensor, gamma: Tensor, beta: Tensor, reduce: Tensor, qkv: Tensor, eps: float, tf32: bool
 ) -> Tensor:
@@ -143,7 +141,7 @@ def token_qkv(
         _token_qkv_kernel,
         n * triton.cdiv(h * w, config["P"]),
         *(x, weight, uv, qkv.to(x.dtype).contiguous(), out, h, w, *map_strides(x), eps),
-        **_channels(x),
+        **channel_tiles(x),
         L=inner,
         LP=padded_width(inner),
         BLOCKS=width_blocks(inner),
@@ -177,7 +175,7 @@ def token_hidden(
         n * triton.cdiv(h * w, config["P"]),
         *(x, a, proj_weight.to(x.dtype).contiguous(), proj_bias.contiguous(), weight, uv, out),
         *(h, w, *map_strides(x), eps),
-        **_channels(x),
+        **channel_tiles(x),
         M=inner,
         A_BLOCKS=width_blocks(inner),
         L=hidden,
@@ -213,7 +211,7 @@ def token_fold(
         *(proj_weight.to(x.dtype).contiguous(), proj_bias.contiguous()),
         *(fc2_weight.to(x.dtype).contiguous(), fc2_bias.contiguous(), out),
         *(height, width, *map_strides(x), *map_strides(out)),
-        **_channels(x),
+        **channel_tiles(x),
         M=a.shape[2],
         A_BLOCKS=width_blocks(a.shape[2]),
         L=h.shape[2],
@@ -223,3 +221,31 @@ def token_fold(
         **config,
     )
     return out
+
+
+def token_qkv_backward(
+    grad: Tensor,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    reduce: Tensor,
+    qkv: Tensor,
+    eps: float,
+    tf32: bool,
+) -> tuple[Tensor, ...]:
+    """Launcher of `efrdn_fast::token_qkv_backward`: gradients of x and of the four parameters."""
+    return _transformer_bwd.token_qkv_backward(grad, x, gamma, beta, reduce, qkv, eps, tf32)
+
+
+def token_hidden_backward(
+    grad: Tensor, x: Tensor, a: Tensor, h: Tensor, *params_eps_tf32: Any
+) -> tuple[Tensor, ...]:
+    """Launcher of `efrdn_fast::token_hidden_backward`: gradients of x, a and six parameters."""
+    return _transformer_bwd.token_hidden_backward(grad, x, a, h, *params_eps_tf32)
+
+
+def token_fold_backward(
+    grad: Tensor, a: Tensor, h: Tensor, *params_mean_tf32: Any
+) -> tuple[Tensor, ...]:
+    """Launcher of `efrdn_fast::token_fold_backward`: gradients of x, a, h and four parameters."""
+    return _transformer_bwd.token_fold_backward(grad, a, h, *params_mean_tf32)
