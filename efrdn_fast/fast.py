@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import dispatch, env
 from .blocks import BatchNorm
-from .device import HALF, PRECISIONS, precision
+from .device import HALF, PRECISIONS, is_out_of_memory, precision
 from .fast_training import train_forward
 from .model import EFRDN, check_input
 from .packing import OPS, Conv, PackedGConv, PackedTransformer, Target, pack_body
@@ -44,6 +44,7 @@ class EFRDNFast(EFRDN):
 
     Raises:
         ValueError, TypeError: An argument is out of range; the message names it.
+        torch.OutOfMemoryError: In a call; the message names the size and what to do.
 
     Example:
         >>> net = EFRDNFast.from_pretrained("x4")
@@ -85,6 +86,20 @@ class EFRDNFast(EFRDN):
             return super().forward(x)
         check_input(x)
         self._check_fit(x)
+        try:
+            return self._forward(x)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            cause = str(error).strip().partition("\n")[0]
+        # Raised here, where nothing holds on to the maps of the call any more.
+        raise torch.OutOfMemoryError(
+            f"EFRDNFast: out of memory for an input of {list(x.shape)} ({cause}); take smaller "
+            "parts with upscale(tile=...), or shorter segments of attention with "
+            "EFRDN(segment_tokens=...)"
+        )
+
+    def _forward(self, x: Tensor) -> Tensor:
         weights, differentiable = _state(self)
         if not differentiable and torch.is_grad_enabled():
             replica = getattr(self, "_is_replica", False)

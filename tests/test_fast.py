@@ -14,6 +14,7 @@ from torch import nn
 import efrdn_fast
 from efrdn_fast import EFRDN, EFRDNFast, accelerate, dispatch, fast, reference
 from efrdn_fast.config import ABLATIONS
+from efrdn_fast.device import is_out_of_memory
 from efrdn_fast.errors import BackendUnavailable
 from efrdn_fast.testing import TOLERANCES, assert_within
 
@@ -451,3 +452,62 @@ def test_rejects_another_device():
     net = trained(EFRDNFast).to("meta")
     with torch.no_grad(), pytest.raises(ValueError, match="input is on cpu, the weights on meta"):
         net(torch.rand(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("error", [MemoryError("host"), RuntimeError("can't allocate memory: 9 B")])
+@pytest.mark.parametrize("training", [False, True])
+def test_out_of_memory_names_size_and_remedy(error, training, monkeypatch):
+    net, x = trained(EFRDNFast).train(training), torch.rand(1, 3, 5, 4)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(fast, "train_forward", fail)
+    monkeypatch.setattr(fast._Packed, "__call__", fail)
+    words = r"\[1, 3, 5, 4\].*tile=.*segment_tokens="
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match=words) as caught:
+        net(x)
+    assert is_out_of_memory(caught.value)
+    assert caught.value.__context__ is None  # it would keep the maps of the call
+    error = RuntimeError("another")
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"^another$"):
+        net(x)
+
+
+def test_checkpoint_of_another_network(tmp_path):
+    state = trained(scale=3).state_dict()
+    with pytest.raises(RuntimeError, match=r"size mismatch for reconstruct_deep\.conv2\.weight"):
+        EFRDNFast(2, channels=16, distilled=5).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"size mismatch for head\.weight"):
+        EFRDNFast(3).load_state_dict(state)
+
+
+def test_changed_input_shape():
+    net = trained(EFRDNFast)
+    for shape in ((1, 3, 6, 7), (2, 3, 9, 5), (1, 3, 3, 3), (1, 3, 6, 7)):
+        check(net, torch.rand(shape))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_exports(mode):
+    """One graph with the parameters as inputs, which a change of them reaches."""
+    net = trained(EFRDNFast, ablation="no_fflb").train(mode == "train")
+    x = torch.rand(1, 3, 6, 7)
+    with torch.no_grad():
+        exported = torch.export.export(net, (x,)).module()
+        expected = as_reference(net).train(mode == "train")(x)
+        torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_training_step():
+    net = trained(EFRDNFast, ablation="no_fflb").train()
+    plain = copy.deepcopy(as_reference(net)).train()
+    x = torch.rand(2, 3, 6, 7)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for each in (compiled, plain):
+        each(x).square().mean().backward()
+    for (name, a), b in zip(plain.named_parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6, msg=name)
+    for a, b in zip(plain.buffers(), net.buffers(), strict=True):
+        torch.testing.assert_close(b, a)
