@@ -187,6 +187,7 @@ def _serve(pipe, folder: Path, memory_mib: int) -> None:
             answer["trouble"] = answer["trouble"] or f"left behind: {left}"
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - first) // 1024
         answer["memory_mib"] = grown
+        answer["trouble"] = answer["trouble"].replace(f"{work}/", "")
         if grown > memory_mib and not answer["trouble"]:
             answer["trouble"] = f"memory grew by {grown} MiB"
         pipe.send(answer)
