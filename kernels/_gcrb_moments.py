@@ -21,9 +21,9 @@ from ._gcrb_tiles import load_weight, spread, sum_pixels
 __all__ = [
     "STEP",
     "add_moments",
+    "inner_scales",
     "inner_values",
     "merge_moments",
-    "normalising",
     "outer_values",
     "row_size",
     "scale_of",
@@ -103,6 +103,8 @@ def store_moments(partial, count, mean, co, Q: tl.constexpr, G: tl.constexpr, GP
     away = ()
     for m in tl.static_range(MG):
         center = sum_pixels(mean[m] * count, Q, GP) * share
+        # Once more from there: what the first sum rounded away.
+        center += sum_pixels((mean[m] - spread(center, Q)) * count, Q, GP) * share
         tl.store(partial + 1 + group * MG + m, center, mask=group < G)
         away += (mean[m] - spread(center, Q),)
     for m in tl.static_range(MG):
@@ -140,15 +142,21 @@ def merge_moments(partial, rows, G: tl.constexpr, GP: tl.constexpr, MG: tl.const
     products = ()
     for _ in tl.static_range(MG * SPAN):
         products += (tl.zeros((STEP, GP), tl.float32),)
+    rest = ()
+    for _ in tl.static_range(MG):
+        rest += (tl.zeros((STEP, GP), tl.float32),)
     for start in range(0, rows, STEP):
         row = (start + tl.arange(0, STEP))[:, None]
         table = partial + row.to(tl.int64) * SIZE + 1
         mask = (row < rows) & (group < G)
         n = tl.load(table - 1, mask=row < rows, other=0.0)
         away = ()
+        left = ()
         for m in tl.static_range(MG):
             d = tl.load(table + group * MG + m, mask=mask, other=0.0) - mean[m][None, :]
             away += (d,)
+            left += (rest[m] + n * d,)
+        rest = left
         added = ()
         for m in tl.static_range(MG):
             for s in tl.static_range(SPAN):
@@ -159,7 +167,10 @@ def merge_moments(partial, rows, G: tl.constexpr, GP: tl.constexpr, MG: tl.const
     cov = ()
     for i in tl.static_range(MG * SPAN):
         cov += (tl.sum(products[i], axis=0) * share,)
-    return mean, cov
+    exact = ()
+    for m in tl.static_range(MG):
+        exact += (mean[m] + tl.sum(rest[m], axis=0) * share,)
+    return exact, cov
 
 
 @triton.jit
@@ -213,21 +224,13 @@ def sum_outer_rows(partial, rows, first: tl.constexpr, SIZE: tl.constexpr, Q: tl
 
 
 @triton.jit
-def normalising(w1, mean_ptr, var_ptr, g, eps, G: tl.constexpr, MG: tl.constexpr,
-                 CHUNKS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Weights and bias of zhat1 = (W1 x - mean) / std."""
-    mean = inner_values(mean_ptr, g, G, MG, MASKED)
+def inner_scales(var_ptr, g, eps, G: tl.constexpr, MG: tl.constexpr, MASKED: tl.constexpr):
+    """1 / standard deviation of the inner channels as MG vectors `[R]`."""
     var = inner_values(var_ptr, g, G, MG, MASKED)
-    weights = ()
-    bias = ()
     scales = ()
     for m in tl.static_range(MG):
-        scale = scale_of(var[m], eps)
-        scales += (scale,)
-        bias += (-mean[m] * scale,)
-        for h in tl.static_range(CHUNKS):
-            weights += (w1[m * CHUNKS + h] * scale[:, None],)
-    return weights, bias, scales
+        scales += (scale_of(var[m], eps),)
+    return scales
 
 
 @triton.jit

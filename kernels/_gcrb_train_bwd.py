@@ -20,9 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gcrb_moments import (
+    inner_scales,
     inner_values,
-    normalising,
-    scale_of,
     store_stats,
     store_sums,
     strip_rows,
@@ -51,11 +50,12 @@ __all__ = ["gcrb_train_backward"]
 
 
 @triton.jit
-def _normalised(x, weights, bias, MG: tl.constexpr, CHUNKS: tl.constexpr):
-    sums = project(x, weights, MG, CHUNKS)
+def _normalised(x, w1, mean, scale, MG: tl.constexpr, CHUNKS: tl.constexpr):
+    """zhat1 = (W1 x - mean) / std as MG vectors `[R]`."""
+    sums = project(x, w1, MG, CHUNKS)
     hats = ()
     for m in tl.static_range(MG):
-        hats += (sums[m] + bias[m],)
+        hats += ((sums[m] - mean[m]) * scale[m],)
     return hats
 
 
@@ -89,16 +89,17 @@ def _gcrb_train_bwd_depthwise_kernel(
     if tl.program_id(0) == 0:
         store_stats(grad_beta2_ptr, betas, G, GP, MG)
         store_stats(grad_gamma2_ptr, gammas, G, GP, MG)
-    plain, beta1 = squeeze_weights(w1_ptr, beta1_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
-    w1, b1, _ = normalising(plain, mean_ptr, var_ptr, g, eps, G, MG, CHUNKS, MASKED)
+    w1, beta1 = squeeze_weights(w1_ptr, beta1_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
+    mean1 = inner_values(mean_ptr, g, G, MG, MASKED)
+    scale1 = inner_scales(var_ptr, g, eps, G, MG, MASKED)
     gamma1 = inner_values(gamma1_ptr, g, G, MG, MASKED)
     w2, gamma2 = depthwise_weights(w2_ptr, gamma2_ptr, g, G, MG, MASKED)
-    var2 = inner_values(var_ptr + M, g, G, MG, MASKED)
+    scale2 = inner_scales(var_ptr + M, g, eps, G, MG, MASKED)
     factor = ()  # gradient before BN2 = factor g2 - shift - slope zhat2
     shift = ()
     slope = ()
     for m in tl.static_range(MG):
-        each = gamma2[m] * scale_of(var2[m], eps)
+        each = gamma2[m] * scale2[m]
         factor += (each,)
         shift += (each * share * spread(betas[m], Q),)
         slope += (each * share * spread(gammas[m], Q),)
@@ -110,7 +111,7 @@ def _gcrb_train_bwd_depthwise_kernel(
     ok = (col < W) & (g < G)
     for r in range(y0, tl.minimum(y0 + rows, H)):
         x = load_pixel(x_row, ok, g, G, CG, K, CHUNKS, MASKED)
-        zhat1 = _normalised(x, w1, b1, MG, CHUNKS)
+        zhat1 = _normalised(x, w1, mean1, scale1, MG, CHUNKS)
         mids = ()
         for m in tl.static_range(MG):
             mids += (tl.where(ok, relu(gamma1[m] * zhat1[m] + beta1[m]), 0.0),)
@@ -194,11 +195,14 @@ def _gcrb_train_bwd_squeeze_kernel(
     if tl.program_id(0) == 0:
         store_stats(grad_beta1_ptr, betas, G, GP, MG)
         store_stats(grad_gamma1_ptr, gammas, G, GP, MG)
-    plain, gamma1 = squeeze_weights(w1_ptr, gamma1_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
-    w1, b1, scale1 = normalising(plain, mean_ptr, var_ptr, g, eps, G, MG, CHUNKS, MASKED)
+    w1, gamma1 = squeeze_weights(w1_ptr, gamma1_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
+    mean1 = inner_values(mean_ptr, g, G, MG, MASKED)
+    scale1 = inner_scales(var_ptr, g, eps, G, MG, MASKED)
+    factor = ()
     shift = ()
     slope = ()
     for m in tl.static_range(MG):
+        factor += (gamma1[m] * scale1[m],)
         shift += (share * spread(betas[m], Q),)
         slope += (share * spread(gammas[m], Q),)
     grad_w1 = repeat(tl.zeros((R, K), tl.float32), MG * CHUNKS)
@@ -207,11 +211,11 @@ def _gcrb_train_bwd_squeeze_kernel(
         x = load_pixel(x_row, ok, g, G, CG, K, CHUNKS, MASKED)
         grad = load_pixel(grad_row, ok, g, G, CG, K, CHUNKS, MASKED)
         g1 = load_mids(g1_row, ok, MG)
-        zhat1 = _normalised(x, w1, b1, MG, CHUNKS)
-        g0 = ()  # times the deviation: it stands in w1 already
+        zhat1 = _normalised(x, w1, mean1, scale1, MG, CHUNKS)
+        g0 = ()
         new_w1 = ()
         for m in tl.static_range(MG):
-            each = gamma1[m] * (g1[m] - shift[m] - slope[m] * zhat1[m])
+            each = factor[m] * (g1[m] - shift[m] - slope[m] * zhat1[m])
             each = tl.where(ok, each, 0.0)
             g0 += (each,)
             for h in tl.static_range(CHUNKS):
@@ -236,7 +240,7 @@ def _gcrb_train_bwd_squeeze_kernel(
             c = h * K + tl.arange(0, K)
             mask = (group < G)[:, None] & (c < CG)[None, :]
             at = C * MG + M * 9 + (group * MG + m)[:, None] * CG + c[None, :]
-            total = sum_pixels(grad_w1[m * CHUNKS + h] * scale1[m][:, None], Q, GP)
+            total = sum_pixels(grad_w1[m * CHUNKS + h], Q, GP)
             tl.store(weights + at, total, mask=mask)
 
 

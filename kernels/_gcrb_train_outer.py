@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from ._gcrb_moments import (
+    inner_scales,
     inner_values,
-    normalising,
     outer_values,
     scale_of,
     store_sums,
@@ -32,23 +32,14 @@ __all__ = ["gcrb_train_bwd_expand_kernel", "gcrb_train_bwd_sums_kernel"]
 
 
 @triton.jit
-def _outer_normalising(w3_ptr, mean_ptr, var_ptr, g, eps, G: tl.constexpr, CG: tl.constexpr,
-                       MG: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr,
-                       MASKED: tl.constexpr):  # fmt: skip
-    """Weights and bias of zhat3 = (W3 q - mean) / std, and 1 / std."""
-    plain, mean = expand_weights(w3_ptr, mean_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
+def _outer_scales(var_ptr, g, eps, G: tl.constexpr, CG: tl.constexpr, K: tl.constexpr,
+                  CHUNKS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """1 / standard deviation of the channels as CHUNKS tiles `[R, K]`."""
     var = outer_values(var_ptr, g, G, CG, K, CHUNKS, MASKED)
     scales = ()
-    bias = ()
     for h in tl.static_range(CHUNKS):
-        scale = scale_of(var[h], eps)
-        scales += (scale,)
-        bias += (-mean[h] * scale,)
-    weights = ()
-    for m in tl.static_range(MG):
-        for h in tl.static_range(CHUNKS):
-            weights += (plain[m * CHUNKS + h] * scales[h],)
-    return weights, bias, scales
+        scales += (scale_of(var[h], eps),)
+    return scales
 
 
 @triton.jit(do_not_specialize=["H", "W", "rows"])
@@ -75,66 +66,60 @@ def gcrb_train_bwd_sums_kernel(
     grad_row = grad_row + column * stride_gw + channel
     zhat2_row = zhat2_ptr + ((n * H + y0 - 2) * W + col) * M + g * MG
 
-    # gamma1 and beta1 go into the weights of zhat1, mean and deviation of z2 into the taps.
-    plain, beta1 = squeeze_weights(w1_ptr, beta1_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
-    hat1, bias1, _ = normalising(plain, mean_ptr, var_ptr, g, eps, G, MG, CHUNKS, MASKED)
+    w1, beta1 = squeeze_weights(w1_ptr, beta1_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
     gamma1 = inner_values(gamma1_ptr, g, G, MG, MASKED)
-    taps, mean2 = depthwise_weights(w2_ptr, mean_ptr + M, g, G, MG, MASKED)
-    var2 = inner_values(var_ptr + M, g, G, MG, MASKED)
-    w1 = ()
-    b1 = ()
-    w2 = ()
-    b2 = ()
+    mean1 = inner_values(mean_ptr, g, G, MG, MASKED)
+    scale1 = inner_scales(var_ptr, g, eps, G, MG, MASKED)
+    w2, mean2 = depthwise_weights(w2_ptr, mean_ptr + M, g, G, MG, MASKED)
+    scale2 = inner_scales(var_ptr + M, g, eps, G, MG, MASKED)
+    factor1 = ()
     for m in tl.static_range(MG):
-        for h in tl.static_range(CHUNKS):
-            w1 += (hat1[m * CHUNKS + h] * gamma1[m][:, None],)
-        b1 += (bias1[m] * gamma1[m] + beta1[m],)
-        scale = scale_of(var2[m], eps)
-        scaled = ()
-        for t in tl.static_range(9):
-            scaled += (taps[m][t] * scale,)
-        w2 += (scaled,)
-        b2 += (-mean2[m] * scale,)
+        factor1 += (gamma1[m] * scale1[m],)
     gamma2 = inner_values(gamma2_ptr, g, G, MG, MASKED)
     beta2 = inner_values(beta2_ptr, g, G, MG, MASKED)
-    w3, b3, _ = _outer_normalising(w3_ptr, mean_ptr + 2 * M, var_ptr + 2 * M, g, eps,
-                                   G, CG, MG, K, CHUNKS, MASKED)  # fmt: skip
+    w3, mean3 = expand_weights(w3_ptr, mean_ptr + 2 * M, g, G, CG, MG, K, CHUNKS, MASKED)
+    scale3 = _outer_scales(var_ptr + 2 * M, g, eps, G, CG, K, CHUNKS, MASKED)
     gamma3 = outer_values(gamma3_ptr, g, G, CG, K, CHUNKS, MASKED)
     beta3 = outer_values(beta3_ptr, g, G, CG, K, CHUNKS, MASKED)
 
-    top = ()
-    for _ in tl.static_range(PX):
-        top += b2
+    zero = tl.zeros((R,), tl.float32)
+    nothing = repeat(zero, MG)
+    no_channels = repeat(tl.zeros((R, K), tl.float32), CHUNKS)
+    top = repeat(zero, PX * MG)
     middle = top
-    grad_beta = repeat(tl.zeros((R, K), tl.float32), CHUNKS)
-    grad_gamma = grad_beta
+    grad_beta = no_channels
+    grad_gamma = no_channels
     for r in range(y0 - 1, tl.minimum(y0 + rows, H) + 1):
         mids = ()
         for j in tl.static_range(PX + 2):
             inside = (r >= 0) & (r < H) & (col + (j - 1) >= 0) & (col + (j - 1) < W)
             pointers = x_row + (j - 1) * stride_xw
             x = load_pixel(pointers, inside, g, G, CG, K, CHUNKS, MASKED)
-            sums = project(x, w1, MG, CHUNKS)
+            z = project(x, w1, MG, CHUNKS)
             for m in tl.static_range(MG):
-                mids += (tl.where(inside, relu(sums[m] + b1[m]), 0.0),)
-        done, top, middle = depthwise_row(top, middle, mids, w2, b2, PX, MG)
+                a = relu((z[m] - mean1[m]) * factor1[m] + beta1[m])
+                mids += (tl.where(inside, a, 0.0),)
+        done, top, middle = depthwise_row(top, middle, mids, w2, nothing, PX, MG)
         if r > y0:
             for i in tl.static_range(PX):
                 ok = (col + i < W) & (g < G)
-                zhat2 = done[i * MG : (i + 1) * MG]
-                store_mids(zhat2_row + i * M, zhat2, ok, MG)
-                grad = load_pixel(grad_row + i * stride_gw, ok, g, G, CG, K, CHUNKS, MASKED)
+                zhat2 = ()
                 q = ()
                 for m in tl.static_range(MG):
-                    q += (gamma2[m] * zhat2[m] + beta2[m],)
-                zhat3 = expand(q, w3, b3, 0, MG, CHUNKS)
+                    hat = (done[i * MG + m] - mean2[m]) * scale2[m]
+                    zhat2 += (hat,)
+                    q += (gamma2[m] * hat + beta2[m],)
+                store_mids(zhat2_row + i * M, zhat2, ok, MG)
+                grad = load_pixel(grad_row + i * stride_gw, ok, g, G, CG, K, CHUNKS, MASKED)
+                z3 = expand(q, w3, no_channels, 0, MG, CHUNKS)
                 new_beta = ()
                 new_gamma = ()
                 for h in tl.static_range(CHUNKS):
-                    passed = gamma3[h] * zhat3[h] + beta3[h] > 0
+                    zhat3 = (z3[h] - mean3[h]) * scale3[h]
+                    passed = gamma3[h] * zhat3 + beta3[h] > 0
                     g3 = tl.where(passed, grad[h].to(tl.float32), 0.0)
                     new_beta += (grad_beta[h] + g3,)
-                    new_gamma += (grad_gamma[h] + g3 * zhat3[h],)
+                    new_gamma += (grad_gamma[h] + g3 * zhat3,)
                 grad_beta = new_beta
                 grad_gamma = new_gamma
         x_row += stride_xh
@@ -187,11 +172,15 @@ def gcrb_train_bwd_expand_kernel(
         tl.store(grad_gamma3_ptr + at, gammas[h].to(grad_gamma3_ptr.dtype.element_ty), mask=mask)
     gamma2 = inner_values(gamma2_ptr, g, G, MG, MASKED)
     beta2 = inner_values(beta2_ptr, g, G, MG, MASKED)
-    w3, b3, scale3 = _outer_normalising(w3_ptr, mean_ptr + 2 * M, var_ptr + 2 * M, g, eps,
-                                        G, CG, MG, K, CHUNKS, MASKED)  # fmt: skip
+    w3, mean3 = expand_weights(w3_ptr, mean_ptr + 2 * M, g, G, CG, MG, K, CHUNKS, MASKED)
+    scale3 = _outer_scales(var_ptr + 2 * M, g, eps, G, CG, K, CHUNKS, MASKED)
     gamma3 = outer_values(gamma3_ptr, g, G, CG, K, CHUNKS, MASKED)
     beta3 = outer_values(beta3_ptr, g, G, CG, K, CHUNKS, MASKED)
 
+    factor3 = ()
+    for h in tl.static_range(CHUNKS):
+        factor3 += (gamma3[h] * scale3[h],)
+    no_channels = repeat(tl.zeros((R, K), tl.float32), CHUNKS)
     grad_beta = repeat(tl.zeros((R,), tl.float32), MG)
     grad_gamma = grad_beta
     grad_w3 = repeat(tl.zeros((R, K), tl.float32), MG * CHUNKS)
@@ -202,12 +191,13 @@ def gcrb_train_bwd_expand_kernel(
         q = ()
         for m in tl.static_range(MG):
             q += (gamma2[m] * zhat2[m] + beta2[m],)
-        zhat3 = expand(q, w3, b3, 0, MG, CHUNKS)
-        g3 = ()  # times the deviation: it stands in w3 already
+        z3 = expand(q, w3, no_channels, 0, MG, CHUNKS)
+        g3 = ()
         for h in tl.static_range(CHUNKS):
-            passed = gamma3[h] * zhat3[h] + beta3[h] > 0
+            zhat3 = (z3[h] - mean3[h]) * scale3[h]
+            passed = gamma3[h] * zhat3 + beta3[h] > 0
             each = tl.where(passed, grad[h].to(tl.float32), 0.0)
-            each = gamma3[h] * (each - share * (betas[h] + zhat3[h] * gammas[h]))
+            each = factor3[h] * (each - share * (betas[h] + zhat3 * gammas[h]))
             g3 += (tl.where(ok[:, None], each, 0.0),)
         back = project(g3, w3, MG, CHUNKS)
         g2s = ()
@@ -240,5 +230,5 @@ def gcrb_train_bwd_expand_kernel(
         mask = (group < G)[:, None] & (c < CG)[None, :]
         at = (group[:, None] * CG + c[None, :]) * MG
         for m in tl.static_range(MG):
-            total = sum_pixels(grad_w3[m * CHUNKS + h] * scale3[h], Q, GP)
+            total = sum_pixels(grad_w3[m * CHUNKS + h], Q, GP)
             tl.store(weights + at + m, total, mask=mask)

@@ -43,7 +43,6 @@ from ._gcrb_tiles import (
     project,
     repeat,
     spread,
-    squeeze,
     squeeze_weights,
     store_mids,
     store_pixel,
@@ -101,20 +100,17 @@ def _gcrb_train_depthwise_kernel(
     x_row = x_ptr + n * stride_xn + (y0 - 1).to(tl.int64) * stride_xh + column * stride_xw + channel
     z2_row = z2_ptr + ((n * H + y0 - 2) * W + col) * M + g * MG
 
-    # BN1 goes into the weights.
     means, variances = merge_moments(before_ptr, table_rows, G, GP, MG, 1)
     if tl.program_id(0) == 0:
         store_stats(mean_ptr, means, G, GP, MG)
         store_stats(var_ptr, variances, G, GP, MG)
-    plain, beta = squeeze_weights(w1_ptr, beta_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
+    w1, beta = squeeze_weights(w1_ptr, beta_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
     gamma = inner_values(gamma_ptr, g, G, MG, MASKED)
-    w1 = ()
-    b1 = ()
+    mean1 = ()
+    factor = ()
     for m in tl.static_range(MG):
-        scale = gamma[m] * scale_of(spread(variances[m], Q), eps)
-        b1 += (beta[m] - spread(means[m], Q) * scale,)
-        for h in tl.static_range(CHUNKS):
-            w1 += (plain[m * CHUNKS + h] * scale[:, None],)
+        mean1 += (spread(means[m], Q),)
+        factor += (gamma[m] * scale_of(spread(variances[m], Q), eps),)
     w2, _ = depthwise_weights(w2_ptr, beta_ptr, g, G, MG, MASKED)
 
     zero = tl.zeros((R,), tl.float32)
@@ -130,7 +126,10 @@ def _gcrb_train_depthwise_kernel(
             inside = (r >= 0) & (r < H) & (col + (j - 1) >= 0) & (col + (j - 1) < W)
             pointers = x_row + (j - 1) * stride_xw
             x = load_pixel(pointers, inside, g, G, CG, K, CHUNKS, MASKED)
-            mids = mids + squeeze(x, w1, b1, inside, MG, CHUNKS)
+            z = project(x, w1, MG, CHUNKS)
+            for m in tl.static_range(MG):
+                a = relu((z[m] - mean1[m]) * factor[m] + beta[m])
+                mids += (tl.where(inside, a, 0.0),)
         done, top, middle = depthwise_row(top, middle, mids, w2, nothing, PX, MG)
         if r > y0:
             for i in tl.static_range(PX):
@@ -162,12 +161,11 @@ def _gcrb_train_inner_kernel(
         store_stats(var_ptr + M, variances, G, GP, MG)
     gamma = inner_values(gamma_ptr, g, G, MG, MASKED)
     beta = inner_values(beta_ptr, g, G, MG, MASKED)
-    scale = ()
-    shift = ()
+    center = ()
+    factor = ()
     for m in tl.static_range(MG):
-        each = gamma[m] * scale_of(spread(variances[m], Q), eps)
-        scale += (each,)
-        shift += (beta[m] - spread(means[m], Q) * each,)
+        center += (spread(means[m], Q),)
+        factor += (gamma[m] * scale_of(spread(variances[m], Q), eps),)
     count = tl.zeros((R,), tl.float32)
     mean = repeat(count, MG)
     co = repeat(count, MG * MG)
@@ -178,7 +176,7 @@ def _gcrb_train_inner_kernel(
         z2 = load_mids(z2_ptr + pixel * M + g * MG, ok, MG)
         q = ()
         for m in tl.static_range(MG):
-            q += (relu(z2[m] * scale[m] + shift[m]),)
+            q += (relu((z2[m] - center[m]) * factor[m] + beta[m]),)
         count, mean, co = add_moments(count, mean, co, q, ok, MG, MG)
     partial = partial_ptr + tl.program_id(0).to(tl.int64) * (1 + M + M * MG)
     store_moments(partial, count, mean, co, Q, G, GP, MG, MG)
@@ -210,52 +208,45 @@ def _gcrb_train_output_kernel(
     var2 = inner_values(var_ptr + M, g, G, MG, MASKED)
     gamma2 = inner_values(gamma2_ptr, g, G, MG, MASKED)
     beta2 = inner_values(beta2_ptr, g, G, MG, MASKED)
-    scale2 = ()
-    shift2 = ()
+    factor2 = ()
     for m in tl.static_range(MG):
-        each = gamma2[m] * scale_of(var2[m], eps)
-        scale2 += (each,)
-        shift2 += (beta2[m] - mean2[m] * each,)
-    # BN3 goes into the weights.
+        factor2 += (gamma2[m] * scale_of(var2[m], eps),)
     means, covariances = merge_moments(before_ptr, table_rows, G, GP, MG, MG)
-    plain, beta3 = expand_weights(w3_ptr, beta3_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
+    w3, beta3 = expand_weights(w3_ptr, beta3_ptr, g, G, CG, MG, K, CHUNKS, MASKED)
     gamma3 = outer_values(gamma3_ptr, g, G, CG, K, CHUNKS, MASKED)
-    scale3 = ()
-    b3 = ()
+    mean3 = ()
+    factor3 = ()
     for h in tl.static_range(CHUNKS):
         mean = tl.zeros((R, K), tl.float32)
         var = tl.zeros((R, K), tl.float32)
         for m in tl.static_range(MG):
-            w = plain[m * CHUNKS + h]
+            w = w3[m * CHUNKS + h]
             mean += w * spread(means[m], Q)[:, None]
             for s in tl.static_range(MG):
                 cov = spread(covariances[m * MG + s], Q)[:, None]
-                var += w * plain[(m + s) % MG * CHUNKS + h] * cov
+                var += w * w3[(m + s) % MG * CHUNKS + h] * cov
         var = tl.maximum(var, 0.0)
         c = h * K + tl.arange(0, K)
         real = ((row < GP) & (g < G))[:, None] & (c < CG)[None, :]
         at = 2 * M + g[:, None] * CG + c[None, :]
         tl.store(mean_ptr + at, mean, mask=real & (tl.program_id(0) == 0))
         tl.store(var_ptr + at, var, mask=real & (tl.program_id(0) == 0))
-        each = gamma3[h] * scale_of(var, eps)
-        scale3 += (each,)
-        b3 += (beta3[h] - mean * each,)
-    w3 = ()
-    for m in tl.static_range(MG):
-        for h in tl.static_range(CHUNKS):
-            w3 += (plain[m * CHUNKS + h] * scale3[h],)
+        mean3 += (mean,)
+        factor3 += (gamma3[h] * scale_of(var, eps),)
 
+    nothing = repeat(tl.zeros((R, K), tl.float32), CHUNKS)
     ok = (col < W) & (g < G)
     for _ in range(y0, tl.minimum(y0 + rows, H)):
         z2 = load_mids(z2_row, ok, MG)
         x = load_pixel(x_row, ok, g, G, CG, K, CHUNKS, MASKED)
         mids = ()
         for m in tl.static_range(MG):
-            mids += (z2[m] * scale2[m] + shift2[m],)
-        e = expand(mids, w3, b3, 0, MG, CHUNKS)
+            mids += ((z2[m] - mean2[m]) * factor2[m] + beta2[m],)
+        z3 = expand(mids, w3, nothing, 0, MG, CHUNKS)
         out = ()
         for h in tl.static_range(CHUNKS):
-            out += (x[h].to(tl.float32) + relu(e[h]),)
+            e = (z3[h] - mean3[h]) * factor3[h] + beta3[h]
+            out += (x[h].to(tl.float32) + relu(e),)
         store_pixel(y_row, out, ok, g, G, CG, K, CHUNKS, MASKED)
         x_row += stride_xh
         y_row += stride_yh
