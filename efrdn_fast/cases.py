@@ -22,6 +22,7 @@ __all__ = [
     "CONV3X3_BENCH",
     "GCRB",
     "GCRB_BENCH",
+    "GCRB_CHAIN",
     "GCRB_TRAIN",
     "Weights",
     "weight_dtype",
@@ -93,6 +94,22 @@ class GcrbCase:
     def reference(x: Tensor, *args: Any) -> Tensor:
         *params, groups = args
         return reference.gcrb(x, *params, groups=groups)
+
+
+@dataclass(frozen=True)
+class GcrbChainCase(GcrbCase):
+    op = "gcrb_chain"
+
+    def args(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+    ) -> tuple[Any, ...]:
+        x, *first, groups = super().args(dtype, device, seed)
+        rest = (super(GcrbChainCase, self).args(dtype, device, seed + i)[1:7] for i in (10, 20))
+        return x, [*first, *(p for params in rest for p in params)], groups
+
+    @staticmethod
+    def reference(x: Tensor, params: list[Tensor], groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        return reference.gcrb_chain(x, params, groups=groups)
 
 
 @dataclass(frozen=True)
@@ -218,6 +235,13 @@ GCRB = (
     GcrbCase((1, 32, 9, 31), groups=8, layout="contiguous"),
 )
 GCRB_TRAIN = tuple(GcrbTrainCase(*astuple(case)) for case in GCRB if case.shape[2:] != (1, 1))
+
+GCRB_CHAIN = (
+    GcrbChainCase((1, 32, 1, 1)),
+    GcrbChainCase((2, 32, 13, 29), layout="sliced"),
+    GcrbChainCase((1, 12, 7, 5), groups=1, mid=3),
+    GcrbChainCase((1, 32, 63, 65), layout="contiguous"),
+)
 
 ACRB = (
     AcrbCase((1, 9, 1, 1)),

@@ -45,6 +45,10 @@ def gcrb_backward(grad_y, x, w1, *args, out_shape=None, **kwargs) -> int:
     )
 
 
+def gcrb_chain(x, params, *args, out_shape=None, **kwargs) -> int:
+    return sum(gcrb(x, params[i]) for i in (0, 6, 12))
+
+
 def acrb(x, weight, *args, out_shape=None, **kwargs) -> int:
     """Charged as the three branches that `weight` merges: 3 + 9 + 3 taps."""
     return _conv(x, weight[0], weight[1], 15)
@@ -111,6 +115,7 @@ def _register() -> None:
     for packets, formula in (
         ([ops.gcrb, ops.gcrb_train], gcrb),
         ([ops.gcrb_backward, ops.gcrb_train_backward], gcrb_backward),
+        (ops.gcrb_chain, gcrb_chain),
         ([ops.acrb, ops.acrb_out], acrb),
         (ops.acrb_backward, acrb_backward),
         (ops.conv3x3, conv3x3),

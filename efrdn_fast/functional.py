@@ -36,6 +36,7 @@ __all__ = [
     "conv3x3",
     "emha",
     "gcrb",
+    "gcrb_chain",
     "gcrb_train",
     "transformer_block",
 ]
@@ -85,6 +86,43 @@ def gcrb(
     )
     backend = dispatch.choose("gcrb", backend, x)
     return _ops.gcrb(x, w1, b1, w2, b2, w3, b3, groups, backend)
+
+
+def gcrb_chain(
+    x: Tensor, params: Sequence[Tensor], *, groups: int = 2, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three GCRBs one after the other, BatchNorm folded, as in EFFB; inference only.
+
+    Args:
+        x: `[N, C, H, W]`.
+        params: 18 tensors, w1, b1, w2, b2, w3, b3 of each as in `gcrb`, all with the same M.
+        groups: Groups of every 1x1. Default: 2.
+        backend: As in `gcrb`.
+
+    Returns:
+        The results of the first, second and third, `[N, C, H, W]` each, dtype of `x`.
+    """
+    op = "gcrb_chain"
+    if len(params) != 18:
+        raise ValueError(f"{op}: params must be 18 tensors, six for each GCRB, got {len(params)}")
+    channels, mid = check_squeeze(op, x, params[0], groups)
+    shapes = (
+        ("w1", (mid, channels // groups, 1, 1)),
+        ("b1", (mid,)),
+        ("w2", (mid, 1, 3, 3)),
+        ("b2", (mid,)),
+        ("w3", (channels, mid // groups, 1, 1)),
+        ("b3", (channels,)),
+    )
+    for i, param in enumerate(params):
+        name, shape = shapes[i % 6]
+        check_weights(op, x, **{f"params[{i}] ({name})": (param, shape)})
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params)):
+        raise ValueError(
+            f"{op}: x and params must not require grad, the op is inference only; "
+            "call gcrb three times, or gcrb_chain inside torch.no_grad()"
+        )
+    return _ops.gcrb_chain(x, list(params), groups, dispatch.choose(op, backend, x))
 
 
 def gcrb_train(

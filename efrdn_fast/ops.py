@@ -30,6 +30,8 @@ SCHEMAS = {
     " -> (Tensor, Tensor, Tensor)",
     "gcrb_train_backward": f"(Tensor grad_y, Tensor x, {_BATCH}, Tensor mean, Tensor var, "
     f"int groups, float eps, str backend) -> ({', '.join(['Tensor'] * 10)})",
+    "gcrb_chain": "(Tensor x, Tensor[] params, int groups, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
     "acrb": "(Tensor x, Tensor weight, Tensor bias, int start, str backend) -> Tensor",
     "acrb_out": "(Tensor x, Tensor weight, Tensor bias, int start, Tensor(a!) out, int out_start, "
     "str backend) -> ()",
@@ -93,6 +95,10 @@ def _fake_gcrb_train(x, w1, *params_groups_eps_backend):
 
 def _fake_gcrb_train_backward(grad_y, x, *rest):
     return nhwc_like(x, x.shape[1]), *map(plain, rest[:9])
+
+
+def _fake_gcrb_chain(x, params, groups, backend):
+    return tuple(nhwc_like(x, x.shape[1]) for _ in range(3))
 
 
 def _fake_acrb(x, weight, bias, start, backend):
@@ -224,6 +230,7 @@ _FAKES = {
     "gcrb_backward": _fake_gcrb_backward,
     "gcrb_train": _fake_gcrb_train,
     "gcrb_train_backward": _fake_gcrb_train_backward,
+    "gcrb_chain": _fake_gcrb_chain,
     "acrb": _fake_acrb,
     "acrb_out": _fake_acrb_out,
     "acrb_backward": _fake_acrb_backward,

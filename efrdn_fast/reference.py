@@ -23,6 +23,7 @@ __all__ = [
     "emha_sdpa",
     "fold",
     "gcrb",
+    "gcrb_chain",
     "gcrb_train",
     "join",
     "join_heads",
@@ -64,6 +65,19 @@ def gcrb(
     y = F.relu(F.conv2d(x, w1, b1, groups=groups))
     y = F.relu(F.conv2d(y, w2, b2, padding=1, groups=w2.shape[0]))
     return x + F.relu(F.conv2d(y, w3, b3, groups=groups))
+
+
+def gcrb_chain(
+    x: Tensor, params: Sequence[Tensor], *, groups: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three GCRBs one after the other: all three results.
+
+    Args:
+        params: w1, b1, w2, b2, w3, b3 of each, as in `gcrb`.
+    """
+    g1 = gcrb(x, *params[:6], groups=groups)
+    g2 = gcrb(g1, *params[6:12], groups=groups)
+    return g1, g2, gcrb(g2, *params[12:], groups=groups)
 
 
 def gcrb_train(

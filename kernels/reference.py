@@ -20,6 +20,7 @@ __all__ = [
     "conv3x3_backward",
     "gcrb",
     "gcrb_backward",
+    "gcrb_chain",
     "gcrb_train",
     "gcrb_train_backward",
     "nhwc_strides",
@@ -82,6 +83,11 @@ def gcrb_backward(grad_y, x, w1, b1, w2, b2, w3, b3, groups):
         grad_w3.to(w3.dtype),
         _channel_sum(g3, b3),
     )
+
+
+def gcrb_chain(x, params, groups):
+    params = [p.to(x.dtype) for p in params]
+    return tuple(map(nhwc_strides, reference.gcrb_chain(x, params, groups=groups)))
 
 
 def gcrb_train(x, w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3, groups, eps):

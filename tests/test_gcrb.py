@@ -13,6 +13,8 @@ from efrdn_fast.testing import case_id, check_backward, check_forward, make_inpu
 HALF = (torch.float16, torch.bfloat16)
 FORWARD = [(case, torch.float32) for case in cases.GCRB]
 FORWARD += [(case, dtype) for case in cases.GCRB[4:7] for dtype in HALF]
+CHAIN = [(case, torch.float32) for case in cases.GCRB_CHAIN]
+CHAIN += [(cases.GCRB_CHAIN[1], dtype) for dtype in HALF]
 TRAIN = [(case, torch.float32) for case in cases.GCRB_TRAIN]
 # Larger maps only measure luck: plain PyTorch in half precision opens other ReLUs than float64.
 TRAIN += [(cases.GCRB_TRAIN[2], dtype) for dtype in HALF]
@@ -35,6 +37,41 @@ def test_gcrb_forward(target, case, dtype):
 @pytest.mark.parametrize(("case", "dtype"), FORWARD, ids=case_id)
 def test_gcrb_backward(target, case, dtype):
     check_backward(case, dtype, *target)
+
+
+@pytest.mark.op("gcrb_chain")
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize(("case", "dtype"), CHAIN, ids=case_id)
+def test_gcrb_chain_forward(target, case, dtype):
+    check_forward(case, dtype, *target)
+
+
+def test_gcrb_chain_opcheck():
+    args = cases.GcrbChainCase((2, 8, 5, 4), layout="sliced").args()
+    torch.library.opcheck(torch.ops.efrdn_fast.gcrb_chain.default, (*args, "reference"))
+
+
+def test_gcrb_chain_is_inference_only():
+    x, params, groups = cases.GcrbChainCase((1, 8, 5, 4)).args()
+    params[7].requires_grad_()
+    with pytest.raises(ValueError, match=r"params must not require grad.*inference only"):
+        functional.gcrb_chain(x, params, groups=groups)
+    with torch.no_grad():
+        results = functional.gcrb_chain(x, params, groups=groups, backend="reference")
+    assert not any(y.requires_grad for y in results)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda params: params[:17], "18 tensors, six for each GCRB, got 17"),
+        (lambda params: [*params[:13], params[0], *params[14:]], r"params\[13\] \(b1\) must be"),
+    ],
+)
+def test_gcrb_chain_rejects(change, words):
+    x, params, groups = cases.GcrbChainCase((1, 8, 5, 4)).args()
+    with pytest.raises(ValueError, match=f"^gcrb_chain: .*{words}"):
+        functional.gcrb_chain(x, change(params), groups=groups)
 
 
 @pytest.mark.op("gcrb_train")
