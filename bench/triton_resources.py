@@ -23,13 +23,22 @@ from typing import Any
 
 import torch
 import triton
-from efrdn_fast.kernels import _launch, acrb, conv3x3, gcrb, gcrb_train
+from efrdn_fast.kernels import (
+    _launch,
+    acrb,
+    conv3x3,
+    emha,
+    gcrb,
+    gcrb_chain,
+    gcrb_train,
+    transformer,
+)
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from efrdn_fast import cases
+from efrdn_fast import cases, cases_attention
 
 __all__ = ["ARCHITECTURES", "TABLE", "Resources", "kernels", "measure", "render"]
 
@@ -71,7 +80,8 @@ class Kernel:
     @property
     def config(self) -> str:
         """Launch config as text."""
-        shown = ("PX", "Q", "NB", "num_warps", "num_stages")
+        shown = ("PX", "Q", "NB", "HEIGHT", "WIDTH", "BLOCK_M", "BLOCK_N", "P")
+        shown += ("num_warps", "num_stages")
         return " ".join(f"{k}={v}" for k, v in self.launch.options.items() if k in shown)
 
 
@@ -108,16 +118,19 @@ def kernels() -> list[Kernel]:
         for groups in (1, 2, 4, 8) if dtype == torch.float32 else (2,):
             args = cases.GcrbCase(SHAPE, groups=groups).args(dtype)
             found += _recorded(f"gcrb g={groups} {short}", gcrb.gcrb, args)
-            name = f"gcrb_backward g={groups} {short}"
-            found += _recorded(name, gcrb.gcrb_backward, (args[0], *args))
+        args = cases.GcrbCase(SHAPE).args(dtype)
+        found += _recorded(f"gcrb_backward {short}", gcrb.gcrb_backward, (args[0], *args))
         *tensors, groups, eps = args = cases.GcrbTrainCase(SHAPE).args(dtype)
-        found += _recorded(f"gcrb_train g={groups} {short}", gcrb_train.gcrb_train, args)
+        found += _recorded(f"gcrb_train {short}", gcrb_train.gcrb_train, args)
         stats = torch.zeros(2, 2 * tensors[1].shape[0] + tensors[0].shape[1])
         args = (tensors[0], *tensors, *stats, groups, eps)
-        name = f"gcrb_train_backward g={groups} {short}"
+        name = f"gcrb_train_backward {short}"
         found += _recorded(name, gcrb_train.gcrb_train_backward, args)
         for tf32 in (False, True) if dtype == torch.float32 else (False,):
             label = "tf32" if tf32 else short
+            x, *params, groups = cases.GcrbCase(SHAPE).args(dtype)
+            args = (x, params * 3, groups)
+            found += _recorded(f"gcrb_chain {label}", gcrb_chain.gcrb_chain, args, tf32)
             args = cases.AcrbCase(SHAPE, start=23).args(dtype)
             found += _recorded(f"acrb {label}", acrb.acrb, args, tf32)
             name = f"acrb_backward {label}"
@@ -126,7 +139,27 @@ def kernels() -> list[Kernel]:
                 name = f"conv3x3 {'+'.join(map(str, case.sources))}->{case.cout} "
                 name += f"g={case.groups} {label}"
                 found += _recorded(name, conv3x3.conv3x3, case.args(dtype), tf32)
+            found += _attention(dtype, label, tf32)
     return found
+
+
+def _attention(dtype: torch.dtype, label: str, tf32: bool) -> Iterator[Kernel]:
+    """Attention in four segments and the kernels around it, forward and backward."""
+    tokens = SHAPE[2] * SHAPE[3]
+    qkv, out = (torch.empty(1, tokens, width, dtype=dtype, device="meta") for width in (432, 144))
+    args = (8, tokens // 4, tf32)
+    yield from _recorded(f"emha {label}", emha.emha, (qkv, *args))
+    lse = torch.empty(1, 8, tokens, device="meta")
+    yield from _recorded(f"emha_backward {label}", emha.emha_backward, (out, qkv, out, lse, *args))
+    for op in ("token_qkv", "token_hidden", "token_fold"):
+        args = (*cases_attention.TokenCase(op, SHAPE).args(dtype)[:-1], tf32)
+        yield from _recorded(f"{op} {label}", getattr(transformer, op), args)
+        if op != "token_fold":  # its gradient takes the place of x
+            args = (qkv if op == "token_qkv" else out), *args
+        if op == "token_hidden":
+            args = (*args[:3], out, *args[3:])
+        backward = getattr(transformer, f"{op}_backward")
+        yield from _recorded(f"{op}_backward {label}", backward, args)
 
 
 def _signature(kernel: _launch.Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
