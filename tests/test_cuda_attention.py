@@ -37,13 +37,6 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def between_nan(tokens: Tensor) -> Tensor:
-    """The same tokens, NaN between one and the next."""
-    n, t, width = tokens.shape
-    whole = torch.full((n, t, width + 6), torch.nan, dtype=tokens.dtype)
-    return whole[..., 2 : 2 + width].copy_(tokens)
-
-
 def arguments(qkv: Tensor, heads: int, length: int, tf32: bool) -> tuple[dict, dict]:
     n, tokens, width = qkv.shape
     out = torch.full((n, tokens, width // 3), torch.nan, dtype=qkv.dtype)
@@ -64,7 +57,7 @@ def log_sum_exp(qkv: Tensor, heads: int, length: int) -> Tensor:
 
 @pytest.mark.parametrize(("n", "tokens", "heads", "d", "length", "dtype", "tf32"), CASES)
 def test_emha_forward(n, tokens, heads, d, length, dtype, tf32):
-    qkv = between_nan(draw(n, tokens, 3 * heads * d, dtype=dtype))
+    qkv = simt.between_nan(draw(n, tokens, 3 * heads * d, dtype=dtype))
     arrays, numbers = arguments(qkv, heads, length, tf32)
     first, second = (simt.run("emha_fwd", arrays, numbers, order) for order in ("forward", "5"))
     assert torch.equal(first["out"], second["out"])
@@ -78,8 +71,8 @@ def test_emha_forward(n, tokens, heads, d, length, dtype, tf32):
 
 @pytest.mark.parametrize(("n", "tokens", "heads", "d", "length", "dtype", "tf32"), CASES)
 def test_emha_backward(n, tokens, heads, d, length, dtype, tf32):
-    qkv = between_nan(draw(n, tokens, 3 * heads * d, dtype=dtype))
-    grad = between_nan(draw(n, tokens, heads * d, dtype=dtype, seed=1))
+    qkv = simt.between_nan(draw(n, tokens, 3 * heads * d, dtype=dtype))
+    grad = simt.between_nan(draw(n, tokens, heads * d, dtype=dtype, seed=1))
     arrays, numbers = arguments(qkv, heads, length, tf32)
     double = qkv.double().contiguous()
     arrays["out"] = reference.emha(double, heads, length).to(dtype).contiguous()

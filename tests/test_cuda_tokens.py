@@ -71,19 +71,12 @@ def test_token_qkv(shape, width, dtype, layout, options):
     testing.assert_close_to_reference(out, reference.token_qkv, args, tf32="tf32" in options)
 
 
-def around_nan(values: Tensor) -> Tensor:
-    """The same tokens, NaN between one and the next."""
-    n, t, width = values.shape
-    whole = torch.full((n, t, width + 5), torch.nan, dtype=values.dtype)
-    return whole[..., 3 : 3 + width].copy_(values)
-
-
 @case
 def test_token_hidden(shape, width, dtype, layout, options):
     n, c, h, w = shape
     weight_dtype = FP16 if "half" in options else FP32
     x = testing.make_input(shape, dtype, layout=layout)
-    a = around_nan(tokens(shape, width, dtype, seed=1))
+    a = simt.between_nan(tokens(shape, width, dtype, seed=1))
     gamma, beta = norm_weights(c, weight_dtype)
     hidden = width + 3
     named = {

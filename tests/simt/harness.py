@@ -18,7 +18,16 @@ import pytest
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Sparse", "binding", "executable", "execute", "require", "run"]
+__all__ = [
+    "DTYPES",
+    "Sparse",
+    "between_nan",
+    "binding",
+    "executable",
+    "execute",
+    "require",
+    "run",
+]
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
@@ -156,6 +165,13 @@ def execute(program: Path, *args: str | Path, order: str = "forward"):
     env = {**os.environ, "SIMT_ORDER": order, "ASAN_OPTIONS": "detect_leaks=0"}
     command = [str(program), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+def between_nan(tokens: Tensor) -> Tensor:
+    """The same values `[N, T, width]`, NaN between one token and the next."""
+    n, t, width = tokens.shape
+    whole = torch.full((n, t, width + 6), torch.nan, dtype=tokens.dtype)
+    return whole[..., 2 : 2 + width].copy_(tokens)
 
 
 def _bytes(tensor: Tensor) -> bytes:
