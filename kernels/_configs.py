@@ -6,16 +6,19 @@ A file maps op -> variant (dtype and channels) -> pixels N H W -> config, and is
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["FOLDER", "file_name", "lookup", "processors"]
+__all__ = ["FOLDER", "file_name", "lookup", "processors", "trial"]
 
 FOLDER = Path(__file__).parent / "configs"
 _log = logging.getLogger(__name__)
@@ -26,8 +29,31 @@ def file_name(device_name: str) -> str:
     return "-".join(device_name.lower().split()) + ".json"
 
 
+_trial: ContextVar[tuple[str, dict[str, Any] | None, list[tuple[str, int]]] | None] = ContextVar(
+    "efrdn_fast_trial_config", default=None
+)
+
+
+@contextlib.contextmanager
+def trial(op: str, config: dict[str, Any] | None) -> Iterator[list[tuple[str, int]]]:
+    """Inside, `op` is launched with `config`, or with the heuristic one for None.
+
+    Yields the list of (variant, pixels) for which a config was looked up.
+    """
+    asked: list[tuple[str, int]] = []
+    token = _trial.set((op, config, asked))
+    try:
+        yield asked
+    finally:
+        _trial.reset(token)
+
+
 def lookup(op: str, variant: str, pixels: int, device: torch.device) -> dict[str, Any] | None:
     """The tuned config of the nearest size, or None where the device has none for it."""
+    tried = _trial.get()
+    if tried is not None and tried[0] == op:
+        tried[2].append((variant, pixels))
+        return tried[1]
     if device.type != "cuda":
         return None
     return _nearest(torch.cuda.get_device_name(device), op, variant, pixels)
