@@ -89,7 +89,8 @@ class Upscaler:
     Args:
         scale: 2, 3 or 4. Default: that of `model`, else 4.
         overlap: Pixels that neighbouring tiles share. Default: `inference.OVERLAP`.
-        exact: Bands of `tile` rows with the numbers of the whole image, see `efrdn_fast.exact`.
+        exact: Bands of `tile` rows with the numbers of the whole image, by the plain network, see
+            `efrdn_fast.exact`.
         segment_tokens: Attention by segments of so many tokens, for a stored `model`.
         backend: Of the ops of the network, see `EFRDNFast`; "reference" is the plain network.
 
@@ -115,6 +116,10 @@ class Upscaler:
     ):
         if dtype not in PRECISIONS:
             raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}; got {dtype!r}")
+        if exact:
+            if dispatch.requested(backend) not in ("auto", "reference"):
+                raise ValueError(f"exact bands run the plain network, not backend {backend!r}")
+            backend = "reference"
         if isinstance(model, nn.Module):
             if segment_tokens is not None:
                 raise ValueError("segment_tokens is for stored models: EFRDN(segment_tokens=...)")

@@ -62,8 +62,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         from ..upscaler import Upscaler
 
+        # Features are those of the plain network, whose stages can be listened to.
+        backend = "reference" if args.kind == "features" else args.backend
         upscaler = Upscaler(
-            args.scale, args.model, device=args.device, dtype=args.dtype, backend=args.backend
+            args.scale, args.model, device=args.device, dtype=args.dtype, backend=backend
         )
         if args.kind == "features":
             figure = _features(args.image, upscaler)
