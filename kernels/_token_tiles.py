@@ -2,7 +2,7 @@
 
 A tile is P consecutive tokens of one image, which are also P pixels. Of the 9 C values of a token
 one tap, C values, is on chip at a time. Widths that are no power of two (144) are cut into blocks
-of powers of two (128 + 16): BLOCKS holds (start, width) of each.
+of powers of two (4 x 32 + 16): BLOCKS holds (start, width) of each.
 """
 
 from __future__ import annotations
@@ -29,18 +29,24 @@ __all__ = [
     "token_tap",
     "token_tile",
     "width_blocks",
+    "width_limit",
     "zero_blocks",
 ]
 
 
-def width_blocks(size: int) -> tuple[tuple[int, int], ...]:
-    """`size` as (start, width) of powers of two from 16 to 128; the last may reach beyond."""
+def width_blocks(size: int, limit: int = 32) -> tuple[tuple[int, int], ...]:
+    """`size` as (start, width) of powers of two from 16 to `limit`; the last may reach beyond."""
     blocks, start = [], 0
     while start < size:
-        width = min(128, max(16, 1 << (size - start).bit_length() - 1))
+        width = min(limit, max(16, 1 << (size - start).bit_length() - 1))
         blocks.append((start, width))
         start += width
     return tuple(blocks)
+
+
+def width_limit(product: str) -> int:
+    """Of blocks where two widths are on chip: three TF32 products take operands apart there."""
+    return 16 if product == "tf32x3" else 32
 
 
 def channel_tiles(x: Tensor) -> dict[str, int]:
@@ -50,7 +56,7 @@ def channel_tiles(x: Tensor) -> dict[str, int]:
 
 def padded_width(size: int) -> int:
     """Where the last of `width_blocks` ends."""
-    return sum(width_blocks(size)[-1])
+    return -(-size // 16) * 16
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from ._token_tiles import (
     token_tap,
     token_tile,
     width_blocks,
+    width_limit,
     zero_blocks,
 )
 
@@ -123,7 +124,7 @@ def weight_sums(
     """Launch the weights kernel and sum its rows: `[9 C, L]`, `[9 C, M]`, `[9 C]`, float32."""
     n, c, h, w = x.shape
     inner, width = a.shape[2] if has_a else 0, g.shape[2]
-    tiles = n * triton.cdiv(h * w, TILE)
+    tiles, limit = n * triton.cdiv(h * w, TILE), width_limit(product)
     each = triton.cdiv(tiles, CHUNKS)
     rows = triton.cdiv(tiles, each)
     partial = x.new_empty((rows, 9 * c * (width + inner + 1)), dtype=torch.float32)
@@ -133,9 +134,9 @@ def weight_sums(
         *(x, a, *proj, g, back, stats, partial, n, h, w, each, *map_strides(x)),
         **channel_tiles(x),
         M=inner,
-        A_BLOCKS=width_blocks(inner),
+        A_BLOCKS=width_blocks(inner, limit),
         L=width,
-        BLOCKS=width_blocks(width),
+        BLOCKS=width_blocks(width, limit),
         NORM=stats is not None,
         PRECISION=product,
         P=TILE,

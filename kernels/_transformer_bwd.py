@@ -33,6 +33,7 @@ from ._token_tiles import (
     token_tap,
     token_tile,
     width_blocks,
+    width_limit,
     zero_blocks,
 )
 from ._token_weights import OPTIONS, STATS, TILE, weight_sums
@@ -178,8 +179,9 @@ def _normed_backward(
     back = (weight.float() * gamma.float()).t().to(x.dtype).contiguous()  # [9 C, L]
     stats = x.new_empty((n * h * w, STATS.value), dtype=torch.float32)
     out = x.new_empty((n, h * w, inner if has_a else width))
-    sizes = channel_tiles(x) | {"M": inner, "A_BLOCKS": width_blocks(inner), "L": width}
-    sizes |= {"BLOCKS": width_blocks(width), "PRECISION": product, "P": TILE} | OPTIONS
+    limit = width_limit(product)
+    sizes = channel_tiles(x) | {"M": inner, "A_BLOCKS": width_blocks(inner, limit), "L": width}
+    sizes |= {"BLOCKS": width_blocks(width, limit), "PRECISION": product, "P": TILE} | OPTIONS
     a = g if a is None else a
     programs = n * triton.cdiv(h * w, TILE)
     launch(

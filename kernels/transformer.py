@@ -34,6 +34,7 @@ from ._token_tiles import (
     padded_width,
     token_tile,
     width_blocks,
+    width_limit,
 )
 
 __all__ = ["token_fold", "token_hidden", "token_qkv"]
@@ -123,7 +124,7 @@ def _config(op: str, x: Tensor, product: str) -> dict[str, Any]:
     if tuned is not None:
         return tuned
     single = x.dtype == torch.float32
-    config = {"P": 32 if single else 64, "num_warps": 4, "num_stages": 1 if single else 2}
+    config = {"P": 64, "num_warps": 4, "num_stages": 1 if single else 2}
     return config | ({"NB": 32} if op == "token_qkv" else {})
 
 
@@ -168,6 +169,7 @@ def token_hidden(
     n, _, h, w = x.shape
     inner, hidden, product = a.shape[2], fc1_weight.shape[0], precision(x, tf32)
     config = _config("token_hidden", x, product)
+    limit = width_limit(product)
     weight, uv = fold_norm(fc1_weight, gamma, beta, fc1_bias, x.dtype)
     out = x.new_empty((n, h * w, hidden))
     launch(
@@ -177,10 +179,10 @@ def token_hidden(
         *(h, w, *map_strides(x), eps),
         **channel_tiles(x),
         M=inner,
-        A_BLOCKS=width_blocks(inner),
+        A_BLOCKS=width_blocks(inner, limit),
         L=hidden,
         LP=padded_width(hidden),
-        BLOCKS=width_blocks(hidden),
+        BLOCKS=width_blocks(hidden, limit),
         PRECISION=product,
         **config,
     )
