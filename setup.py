@@ -20,7 +20,7 @@ EXTRAS = {
     # Pins its parts to one release, that of the cuda-toolkit which torch brings.
     "cuda": ["cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]>=13; platform_system == 'Linux'"],
     "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"],
-    "test": ["pytest>=8", "hypothesis>=6", "scikit-image>=0.24"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "scikit-image>=0.24"],
 }
 for extra in ("export", "images", "video", "train", "bench"):
     EXTRAS["test"] += EXTRAS[extra]

@@ -17,6 +17,8 @@ sys.path.append(str(REPOSITORY))  # for `bench`; an installed efrdn_fast still c
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    if hasattr(config, "workerinput"):  # pytest -n: one thread each, so that workers share cores
+        torch.set_num_threads(1)
     config.addinivalue_line("markers", "op(name): the op whose backends `target` runs through")
 
 
