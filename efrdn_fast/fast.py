@@ -3,9 +3,9 @@
 A network in evaluation mode, called without gradients, runs on weights packed for inference (see
 `packing`). They are derived at the first call for a device, compute dtype and choice of backends,
 and again as soon as a parameter or running statistic has changed; they are never saved, copied or
-pickled. A network in training mode runs forward and backward on fused ops (see `fast_training`).
-Everything else (evaluation with gradients, modules of both modes, tracing, compiling, tensors
-without data) is the forward of EFRDN itself.
+pickled. Where gradients or the statistics of a batch are asked for, forward and backward run on
+fused ops (see `fast_training`). Tracing, compiling and tensors without data take the forward of
+EFRDN itself.
 """
 
 from __future__ import annotations
