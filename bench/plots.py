@@ -177,7 +177,7 @@ def _peers(axes: Any, rows: list[dict], device: Path) -> None:
         x, y = row["p50_ms"] / 1e3, float(printed[0])
         axes.plot([x], [y], "o", markerfacecolor="none", markersize=9)
         label = f"{name}" + (f", {macs[1]} G" if macs else "")
-        axes.annotate(label, (x, y), textcoords="offset points", xytext=(8, 4), fontsize=7)
+        axes.annotate(label, (x, y), textcoords="offset points", xytext=(-8, -12), fontsize=7)
     own = device / "eval_x4.json"
     if own.is_file():
         sets = json.loads(own.read_text())["scales"]["x4"]["sets"]
@@ -187,7 +187,7 @@ def _peers(axes: Any, rows: list[dict], device: Path) -> None:
                 y = sets["Set5"][key]["psnr"]
                 axes.plot([row["p50_ms"] / 1e3], [y], "s", markersize=7)
                 axes.annotate(
-                    f"{name}, measured weights",
+                    f"{name}, shipped weights" if name != "bicubic" else name,
                     (row["p50_ms"] / 1e3, y),
                     textcoords="offset points",
                     xytext=(8, 4),

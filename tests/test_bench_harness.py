@@ -195,6 +195,9 @@ def test_store_replaces_rows_and_drops_unused_runs(tmp_path):
     stored = load(tmp_path / "a.json")
     assert [r["p50_ms"] for r in stored["rows"]] == [2.0, math.pi]
     assert list(stored["runs"]) == ["r 2"]
+    for mode, left in (("", 1), ("warm", 1), ("cold", 2)):
+        store.add([{**row, "mode": mode}], {"revision": "r", "date": "3"})
+        assert sum(r["variant"] == "v" for r in load(tmp_path / "a.json")["rows"]) == left
 
 
 def test_load_names_what_is_no_results_file(tmp_path):

@@ -30,12 +30,14 @@ class Store:
         self.csv, self.json = folder / f"{op}.csv", folder / f"{op}.json"
 
     def add(self, rows: Iterable[Mapping[str, Any]], run: Mapping[str, Any]) -> None:
-        """Add rows of one run; they replace those of the same case, variant, mode and threads."""
+        """Add rows of one run; they replace those of the same case, variant, mode and threads.
+
+        A row without a mode, which says that there is no figure, replaces and is replaced by all.
+        """
         old = load(self.json) if self.json.is_file() else {"runs": {}, "rows": []}
         name = _run_name(run)
         new = [{**row, "run": name} for row in rows]
-        keys = {_key(row) for row in new}
-        kept = [row for row in old["rows"] if _key(row) not in keys] + new
+        kept = [row for row in old["rows"] if not any(_replaces(n, row) for n in new)] + new
         used = {row["run"] for row in kept}
         runs = {k: v for k, v in {**old["runs"], name: dict(run)}.items() if k in used}
         self.json.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +62,13 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not {"runs", "rows"} <= record.keys():
         raise ValueError(f"{path} holds no runs and rows; expected a results file of bench/")
     return record
+
+
+def _replaces(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
+    """Whether both are of one case and mode, or one of them says that there is no figure."""
+    modes = {str(row.get("mode") or "") for row in (new, old)}
+    same = _key({**new, "mode": ""}) == _key({**old, "mode": ""})
+    return same and (len(modes) == 1 or "" in modes)
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
