@@ -58,14 +58,6 @@ class World:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def share(self, value: Any) -> Any:
-        """The first process's `value`, in all of them."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
     def merge(self, items: list) -> list:
         """Undo `shard`: the items of all processes, in their order."""
         if self.size == 1:

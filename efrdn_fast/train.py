@@ -1,4 +1,4 @@
-"""Training of EFRDN: resumable to the bit, atomic checkpoints, averaged weights.
+"""Training runs of EFRDN: data, resume, log, validation, atomic checkpoints.
 
 Under torchrun every process runs the same code on its share of each batch; the first one writes.
 """
@@ -6,12 +6,9 @@ Under torchrun every process runs the same code on its share of each batch; the 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import io
 import json
 import math
 import os
-import pickle
 import signal
 import threading
 import time
@@ -20,196 +17,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from . import checkpoint, metrics, reference
-from .blocks import CC, BatchNorm
-from .data import ImageCache, Patches, build_cache, find_images, loader, split_validation
-from .distributed import World, globalize, process_group
+from .data import Patches, build_cache, find_images, loader, split_validation
+from .distributed import World, process_group
 from .fast import accelerate
 from .model import EFRDN
 from .options import RunOptions, TrainOptions
-from .warmstart import fit_tails, warm_start
+from .trainer import Trainer, validate
+from .warmstart import fit_tails
 
 __all__ = ["Trainer", "train", "validate"]
 
 BAD_STEPS_LIMIT = 20  # non-finite losses or gradients in a row that end a run
-STATE_VERSION = 1
-
-
-class Trainer:
-    """Network, averaged weights, optimizer and loss scaler of a run, with an exact state.
-
-    Args:
-        options: What decides the weights.
-        device: Device to train on.
-        world: This process among those that share every batch.
-    """
-
-    def __init__(
-        self,
-        options: TrainOptions,
-        device: str | torch.device = "cpu",
-        world: World | None = None,
-    ):
-        self.options, self.device, self.world = options, torch.device(device), world or World()
-        self.step, self.skipped, self.bad_streak = 0, 0, 0
-        torch.manual_seed(options.manual_seed)
-        net = EFRDN(
-            options.scale, module=options.module, ablation=options.ablation, fold=options.fold
-        )
-        for module in net.modules():
-            if isinstance(module, CC) and options.cc_bias_init:
-                nn.init.constant_(module.squeeze.bias, options.cc_bias_init)
-        if options.init:
-            warm_start(net, options.init)
-        if options.attention == "sdpa":
-            net.set_attention(reference.emha_sdpa)
-        if self.world.size > 1:
-            globalize(net)
-        self.net = net.to(self.device, memory_format=torch.channels_last).train()
-        self.norms = [m for m in self.net.modules() if isinstance(m, BatchNorm)]
-        self.ema = AveragedModel(
-            self.net, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay), use_buffers=True
-        )
-        # One fused kernel: 9 % of a step of 4 patches of 32x32 on a CPU core.
-        fused = self.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=options.lr, fused=fused)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=options.autocast == "fp16" and self.device.type == "cuda"
-        )
-        self.run_through(self.net)
-
-    def run_through(self, net: EFRDN) -> None:
-        """Train through the forward of `net`, a form of the network on the same parameters."""
-        self.forward: nn.Module = net
-        if self.world.size > 1:  # every process computes the same statistics, so none is sent
-            self.forward = DistributedDataParallel(net, broadcast_buffers=False)
-
-    def loss(self, sr: Tensor, hr: Tensor) -> Tensor:
-        """Loss of the present step, mean over the pixels."""
-        name = self.options.loss_at(self.step)
-        if name == "l1":
-            return F.l1_loss(sr, hr)
-        if name == "l2":
-            return F.mse_loss(sr, hr)
-        return ((sr - hr).square() + 1e-6).sqrt().mean()  # Charbonnier, eps 1e-3
-
-    def train_step(self, lr_uint8: Tensor, hr_uint8: Tensor) -> float:
-        """One optimizer step on (this process's share of) a uint8 batch; returns the loss.
-
-        A step whose loss or gradient is not finite changes nothing but the step counter.
-        """
-        options = self.options
-        x = lr_uint8.to(self.device, non_blocking=True).float().div_(255)
-        hr = hr_uint8.to(self.device, non_blocking=True).float().div_(255)
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate(self.step)
-        for norm in self.norms:
-            norm.train(not options.bn_frozen(self.step))
-        before = [b.clone() for b in self.net.buffers()]  # to undo a bad step
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.autocast)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            sr = self.forward(x.contiguous(memory_format=torch.channels_last))
-        loss = self.loss(sr.float(), hr)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        limit = options.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
-        self.step += 1
-        # Summed over the processes, so that all of them decide alike.
-        value, length = (x / self.world.size for x in self.world.total(loss.item(), norm.item()))
-        if not math.isfinite(value) or not math.isfinite(length):
-            with torch.no_grad():
-                for buffer, value in zip(self.net.buffers(), before, strict=True):
-                    buffer.copy_(value)
-            if self.scaler.is_enabled():
-                self.scaler.update()
-            self.skipped += 1
-            self.bad_streak += 1
-            return math.nan
-        self.bad_streak = 0
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.ema.update_parameters(self.net)
-        return value
-
-    def averaged(self) -> EFRDN:
-        """The averaged network (not a copy)."""
-        return self.ema.module
-
-    def save(self, folder: Path, record: dict) -> None:
-        """Write `state.pt` (to resume) and `net.safetensors` (averaged weights), atomically."""
-        state = {
-            "version": STATE_VERSION,
-            "options": self.options.to_dict(),
-            "step": self.step,
-            "skipped": self.skipped,
-            "net": self.net.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        checkpoint.atomic_write(folder / "state.pt", buffer.getvalue())
-        checkpoint.save(self.averaged(), folder / "net.safetensors", record)
-
-    def restore(self, path: Path) -> None:
-        """Continue exactly where `path` (a `state.pt`) was saved.
-
-        Raises:
-            ValueError: The file is damaged or was written with other options (named).
-        """
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            was = state["options"]
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a readable training state: {error}") from error
-        defaults = {f.name: f.default for f in dataclasses.fields(TrainOptions)}
-        was, now = {**defaults, **was}, self.options.to_dict()  # options younger than the state
-        differ = [f"{k}: {was[k]!r} then, {now.get(k)!r} now" for k in now if was[k] != now[k]]
-        if differ:
-            raise ValueError(f"{path}: cannot resume with other options ({'; '.join(differ)})")
-        self.step, self.skipped = state["step"], state["skipped"]
-        self.net.load_state_dict(state["net"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-
-
-@torch.inference_mode()
-def validate(
-    net: nn.Module,
-    images: ImageCache,
-    device: torch.device,
-    crop: int = 0,
-    world: World | None = None,
-) -> float:
-    """Mean PSNR on Y in dB, border of `scale` pixels cut, over whole images or their centres.
-
-    Every process of `world` does its share of the images; all return the mean over all.
-    """
-    world = world or World()
-    scale, was_training, total = images.scale, net.training, 0.0
-    net.eval()
-    for i in world.shard(list(range(len(images)))):
-        lr, hr = images.lr(i), images.hr(i)
-        if crop:
-            h, w = min(crop, lr.shape[0]), min(crop, lr.shape[1])
-            top, left = (lr.shape[0] - h) // 2, (lr.shape[1] - w) // 2
-            lr = lr[top : top + h, left : left + w]
-            hr = hr[scale * top : scale * (top + h), scale * left : scale * (left + w)]
-        x = torch.tensor(lr).permute(2, 0, 1)[None].to(device).float() / 255
-        sr = (net(x)[0].clamp(0, 1) * 255).round().to(torch.uint8)
-        total += metrics.psnr(sr.permute(1, 2, 0).cpu().numpy(), hr, crop_border=scale)
-    net.train(was_training)
-    return world.total(total)[0] / len(images)
 
 
 def _writer(run: RunOptions):
@@ -285,8 +105,7 @@ def _train(
         if not state.is_file():
             raise FileNotFoundError(f"no training state at {str(state)!r} to resume from")
         trainer.restore(state)
-    if run.fast:
-        trainer.run_through(accelerate(trainer.net))
+    trainer.run_through(accelerate(trainer.net) if run.fast else trainer.net)
     if run.compile:
         trainer.forward = torch.compile(trainer.forward)
     session = _Session(trainer, run, cache, val_cache, data)

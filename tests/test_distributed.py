@@ -73,6 +73,7 @@ def trained(shared):
     """Losses and weights after `STEPS` steps, the last one with frozen statistics."""
     options = TrainOptions(**{**RECIPE, "total_iter": STEPS, "freeze_bn_from": 0.6})
     trainer = Trainer(options, world=shared)
+    trainer.run_through(trainer.net)
     part = slice(shared.rank, None, shared.size)
     losses = [trainer.train_step(lr[part], hr[part]) for lr, hr in batches()]
     assert not trainer.norms[0].training
