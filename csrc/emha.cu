@@ -1,5 +1,5 @@
 // Attention inside segments, forward: a block holds the queries of one head, streams over the keys
-// of their segment and keeps a running maximum and sum (online softmax), so no score leaves the chip.
+// of their segment and keeps a running maximum and sum (online softmax): no score leaves the chip.
 //
 // The scale is folded into exp2. Behind the values stands a column of ones, which the padding to
 // whole products makes free: the product with it is the sum of the exponentials, rounded as the

@@ -1,5 +1,5 @@
-// What the attention kernels share: rows of q, k, v or gradients in shared memory, and from there as
-// operands of tensor core products.
+// What the attention kernels share: rows of q, k, v or gradients in shared memory, and from there
+// as operands of tensor core products.
 //
 // The scores come out of a product with keys as columns, and go as they are, in registers, into the
 // next product with keys as depth. For half and bfloat16 the layouts agree; for float a lane holds

@@ -1,7 +1,7 @@
-// Attention inside segments, backward, in three kernels: delta = sum of grad_out * out over a head's
-// values; gradients of q, a block holding queries and streaming over keys; gradients of k and v, a
-// block holding keys and streaming over queries. The weights are computed again from the saved
-// log-sum-exp. Every value is summed in one place, in a fixed order.
+// Attention inside segments, backward, in three kernels: delta = sum of grad_out * out over the
+// values of a head; gradients of q, a block holding queries and streaming over keys; gradients of k
+// and v, a block holding keys and streaming over queries. The weights are computed again from the
+// saved log-sum-exp. Every value is summed in one place, in a fixed order.
 //
 // With weights P = exp(q k^T / sqrt(d) - lse): dV = P^T dO, dS = P * (dO V^T - delta),
 // dQ = dS K / sqrt(d), dK = dS^T Q / sqrt(d).

@@ -46,8 +46,8 @@ __device__ inline void mma<float>(float (&d)[4], const unsigned (&a)[4], const u
 #endif
 
 // Rows of 8 words in shared memory as operands. Lane i gives the address of 4 words on a 16-byte
-// boundary: the first half of row i for i < 8, its second half for i < 16, the rows' next 8 words in
-// the same way for the lanes behind. Lane g, t gets words (row g, t), (row g, t + 4), and of the
+// boundary: the first half of row i for i < 8, its second half for i < 16, the rows' next 8 words
+// in the same way for the lanes behind. Lane g, t gets words (row g, t), (row g, t + 4), and of the
 // next 8 words the same.
 __device__ inline void load_words(unsigned (&low)[2], unsigned (&high)[2], const unsigned* row) {
 #ifdef EFRDN_FAST_SIMT
@@ -137,8 +137,8 @@ __device__ Operand<Count, Passes> split(const unsigned (&words)[Count]) {
   return operand;
 }
 
-// One product, or for Passes = 3 a float product: a b = hi hi + hi lo + lo hi. Of infinite values the
-// latter makes NaN.
+// One product, or for Passes = 3 a float product: a b = hi hi + hi lo + lo hi. Of infinite values
+// the latter makes NaN.
 template <typename T, int Passes>
 __device__ void product(float (&sum)[4], const Operand<4, Passes>& a, const Operand<2, Passes>& b) {
   if constexpr (Passes > 1) {

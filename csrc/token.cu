@@ -111,9 +111,11 @@ __device__ void normalise(const TokenMap& map, float eps, const void* gamma, con
       sum = fmaf(difference, difference, sum);
     }
     const float istd = 1.f / sqrtf(warp_sum(sum) / values + eps);
-    for (int k = lane; k < values; k += kWarp)
-      row[k] = from_float<T>(fmaf((to_float(row[k]) - mean) * istd,
-                                  weight_at<T>(gamma, k, is_float), weight_at<T>(beta, k, is_float)));
+    for (int k = lane; k < values; k += kWarp) {
+      const float scale = weight_at<T>(gamma, k, is_float);
+      const float offset = weight_at<T>(beta, k, is_float);
+      row[k] = from_float<T>(fmaf((to_float(row[k]) - mean) * istd, scale, offset));
+    }
   }
 }
 
@@ -144,10 +146,9 @@ __device__ void multiply(float (&sum)[L::kTiles][4], const Rows<typename L::T>& 
         for (int i = 0; i < L::kPerWord; i++) {
           const int k = (begin + lane) * L::kPerWord + i;
           const bool inside = first + o < matrix.rows && k < matrix.values;
+          const int64_t index = static_cast<int64_t>(first + o) * matrix.values + k;
           values[i] = from_float<T>(
-              inside ? weight_at<T>(matrix.data, static_cast<int64_t>(first + o) * matrix.values + k,
-                                    matrix.is_float)
-                     : 0.f);
+              inside ? weight_at<T>(matrix.data, index, matrix.is_float) : 0.f);
         }
         unsigned word;
         memcpy(&word, values, sizeof word);
