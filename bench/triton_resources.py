@@ -40,7 +40,7 @@ from triton.compiler import ASTSource
 
 from efrdn_fast import cases, cases_attention
 
-__all__ = ["ARCHITECTURES", "TABLE", "Resources", "kernels", "measure", "render"]
+__all__ = ["ARCHITECTURES", "TABLE", "Resources", "cell", "kernels", "measure", "render"]
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "triton_resources.md"
@@ -229,6 +229,12 @@ def measure(kernel: _launch.Launch, architecture: int) -> Resources:
     )
 
 
+def cell(used: Resources) -> str:
+    """Registers / KiB of shared memory (matrix instructions)."""
+    text = f"{used.registers} / {used.shared / 1024:.1f}"
+    return f"{text} ({used.mma})" if used.mma else text
+
+
 def render(rows: list[tuple[Kernel, list[Resources]]]) -> str:
     """The table as Markdown."""
     titles = ["kernel", "config", *(f"sm_{a}" for a in ARCHITECTURES), "spills"]
@@ -244,10 +250,7 @@ def render(rows: list[tuple[Kernel, list[Resources]]]) -> str:
         "|" + "---|" * len(titles),
     ]
     for kernel, columns in rows:
-        cells = [
-            f"{r.registers} / {r.shared / 1024:.1f}" + (f" ({r.mma})" if r.mma else "")
-            for r in columns
-        ]
+        cells = [cell(r) for r in columns]
         spills = str(sum(r.spills for r in columns))
         lines.append(f"| {' | '.join([kernel.name, kernel.config, *cells, spills])} |")
     return "\n".join(lines) + "\n"
