@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("efrdn_fast", "kernels", "csrc")
-SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".json", ".safetensors")
+SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".json", ".html", ".safetensors")
 
 
 def run(*command: object, **options) -> str:
