@@ -195,4 +195,4 @@ PRESETS: dict[str, dict] = {
         "attention": "explicit",  # small score matrices: faster than SDPA's backward on a CPU
     },
 }
-"""Named recipes: the paper's own, and one for an hour on two CPU cores."""
+"""Named recipes: the paper's own, and one for about an hour of one CPU core."""
