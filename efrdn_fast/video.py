@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .upscaler import Upscaler
 from .video_format import Form, av_module, encoder, form_of, frame_of, pixels_of
@@ -272,8 +273,9 @@ def _fingerprint(source: Path, upscaler: Upscaler) -> dict:
     """What must be the same, beside the form, for stored frames to be of use."""
     about, digest = source.stat(), hashlib.sha256()
     for value in upscaler.net.state_dict().values():
-        digest.update(value.cpu().contiguous().view(-1).numpy().tobytes())
-    how = (upscaler.tile, upscaler.overlap, upscaler.exact, upscaler.dtype)
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    config = getattr(upscaler.net, "config", None)
+    how = (upscaler.tile, upscaler.overlap, upscaler.exact, upscaler.dtype, config)
     return {
         "source": [str(source.resolve()), about.st_size, about.st_mtime_ns],
         "weights": digest.hexdigest(),

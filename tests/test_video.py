@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from efrdn_fast import EFRDN, checkpoint, cli, video, video_parts
+from efrdn_fast.config import EFRDNConfig
 from efrdn_fast.upscaler import Upscaler
 
 av = pytest.importorskip("av", reason="the extra `video` needs Python 3.11")
@@ -201,7 +202,7 @@ def test_interrupt_leaves_a_file_that_plays_and_the_next_run_goes_on(tmp_path, m
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "b.mp4", "whole.mp4"]
 
 
-@pytest.mark.parametrize("change", ["crf", "weights", "source"])
+@pytest.mark.parametrize("change", ["crf", "weights", "segments", "source"])
 def test_parts_of_another_run_are_not_taken_up(tmp_path, change):
     torch.manual_seed(0)
     source, target = clip(tmp_path / "a.mkv", sound=False), tmp_path / "b.mkv"
@@ -210,6 +211,8 @@ def test_parts_of_another_run_are_not_taken_up(tmp_path, change):
     net, options = Twice(), video.VideoOptions(crf=30 if change == "crf" else 16)
     if change == "weights":
         net.weight = nn.Parameter(torch.ones(1))
+    elif change == "segments":
+        net.config = EFRDNConfig(scale=2, segment_tokens=64)
     elif change == "source":
         clip(source, VARIABLE[:-1], sound=False)
     video.upscale_video(source, target, Upscaler(2, net), options)
@@ -304,11 +307,14 @@ def test_the_command(tmp_path, weights, capsys, monkeypatch):
     assert "one is a video, the other an image" in capsys.readouterr().err
 
 
-def test_without_pyav_the_extra_is_named(tmp_path, weights, capsys, monkeypatch):
+@pytest.mark.parametrize("words", [(), ("--dry-run",)], ids=str)
+def test_without_pyav_the_extra_is_named(tmp_path, weights, capsys, monkeypatch, words):
     source = clip(tmp_path / "a.mp4", VARIABLE[:3])
     monkeypatch.setitem(sys.modules, "av", None)
-    assert cli.main(["upscale", "-n", str(weights), str(source)]) == 1
-    assert "pip install efrdn_fast[video]" in capsys.readouterr().err
+    other = tmp_path / "b.png"
+    assert cli.main(["upscale", "-n", str(weights), str(source), str(other), *words]) == 1
+    out, err = capsys.readouterr()
+    assert "pip install efrdn_fast[video]" in err and "b.png" in out + err  # the others go on
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

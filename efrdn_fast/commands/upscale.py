@@ -249,7 +249,7 @@ def _dry_run(jobs: list, upscaler, video_options, overwrite: bool) -> int:
                 )
             else:
                 print(f"{job.source} -> {job.target}")
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             failed += 1
             print(f"efrdn upscale: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 1 if failed else 0
