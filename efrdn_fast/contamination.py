@@ -99,7 +99,7 @@ def check_images(
 
     Raises:
         FileNotFoundError: A folder is missing or empty.
-        ValueError: `strict` and a training image is unreadable.
+        ValueError: No training image is readable, or `strict` and one is not.
         OSError: A benchmark image is unreadable.
     """
     tests = [pair.hr for image_set in discover(benchmark) for pair in find_pairs(image_set, 4)]
@@ -111,6 +111,8 @@ def check_images(
             if strict:
                 raise ValueError(f"training image {path} is unreadable: {error}") from error
             warnings.warn(f"training image {path} is unreadable and left out: {error}")
+    if not train:
+        raise ValueError(f"no training image below {', '.join(map(str, data))} can be read")
     matches = find_copies(train, [fingerprint(path) for path in tests], progress)
     return matches, len(train), len(tests)
 

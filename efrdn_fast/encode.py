@@ -143,10 +143,11 @@ def _encode_png16(pixels: np.ndarray, metadata: Metadata) -> bytes:
         )
         packed.append(packer.compress(lines.tobytes()))
         above = rows[-1:]
-    packed.append(packer.flush())
+    packed.append(packer.flush())  # a chunk for each: one is 2 GiB at most
     colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    chunks = [(b"IHDR", header), *png_chunks(metadata), (b"IDAT", b"".join(packed)), (b"IEND", b"")]
+    data = [(b"IDAT", part) for part in packed if part]
+    chunks = [(b"IHDR", header), *png_chunks(metadata), *data, (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks

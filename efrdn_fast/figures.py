@@ -6,6 +6,7 @@ pixel by pixel, never smoothed.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from . import benchmarks, images, metrics
+from .checkpoint import atomic_write
 from .model import EFRDN
 from .resize import imresize
 
-__all__ = ["errors", "features", "pictures", "read_points", "save", "scatter", "strip"]
+__all__ = ["errors", "features", "pictures", "read_points", "save", "scatter", "stages", "strip"]
 
 Box = tuple[int, int, int, int]  # left, top, width, height in HR pixels
 MARK = "#e8112d"
@@ -206,6 +208,7 @@ def save(figure, paths: Iterable[str | os.PathLike]) -> list[Path]:
 
     Raises:
         ValueError: Another extension.
+        OSError: A file cannot be written; no part of it is left behind.
     """
     plt = _matplotlib()
     written = [Path(path) for path in paths]
@@ -213,8 +216,9 @@ def save(figure, paths: Iterable[str | os.PathLike]) -> list[Path]:
         if path.suffix.lower() not in (".png", ".svg", ".pdf"):
             raise ValueError(f"{path}: figures are written as .png, .svg or .pdf")
     for path in written:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
+        file = io.BytesIO()
+        figure.savefig(file, format=path.suffix[1:].lower(), bbox_inches="tight", pad_inches=0.05)
+        atomic_write(path, file.getvalue())
     plt.close(figure)
     return written
 

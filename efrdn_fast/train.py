@@ -109,13 +109,13 @@ def _train(
     if run.compile:
         trainer.forward = torch.compile(trainer.forward)
     session = _Session(trainer, run, cache, val_cache, data)
-    if options.fit_tails and not resumed:
-        # From samples that no step of the run draws.
-        first = options.total_iter
-        fit_tails(trainer.net, loader(patches, options.sizes, first, first + options.fit_tails))
-        trainer.averaged().load_state_dict(trainer.net.state_dict())
-        session.save()
     try:
+        if options.fit_tails and not resumed:
+            # From samples that no step of the run draws.
+            first = options.total_iter
+            fit_tails(trainer.net, loader(patches, options.sizes, first, first + options.fit_tails))
+            trainer.averaged().load_state_dict(trainer.net.state_dict())
+            session.save()
         batches = loader(
             *(patches, options.sizes, trainer.step, options.total_iter, run.num_workers),
             *(world.rank, world.size),

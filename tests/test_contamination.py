@@ -83,3 +83,7 @@ def test_command_names_the_copy_and_fails(bird, data_root, tmp_path, capsys):
     assert "harmless_name.png shows " in capsys.readouterr().out
     assert main([*arguments, "--strict"]) == 1
     assert "broken.png is unreadable" in capsys.readouterr().err
+    for path in (train / "harmless_name.png", train / other.name):
+        path.unlink()
+    assert main(arguments) == 1
+    assert "no training image below" in capsys.readouterr().err

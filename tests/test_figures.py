@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import xml.etree.ElementTree
 
@@ -76,6 +78,17 @@ def test_strip_shows_the_crop_with_the_measured_figures(hr, weights):
             psnr = metrics.psnr(pixels, shown["HR"], 2)
             assert f"{psnr:.2f} dB" in words
     figures.save(figure, [])
+
+
+def test_full_disk_leaves_no_part_of_a_figure(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    points = [{"name": "a", "ms": 1, "psnr": 30}]
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="space"):
+        figures.save(figures.scatter(points, "ms", "psnr"), [tmp_path / "a.png"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_error_maps_are_errors_of_luma_on_one_scale(hr, weights):
