@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from efrdn_fast import EFRDN, checkpoint, cli, video, video_parts
+from efrdn_fast import cli, video, video_parts
 from efrdn_fast.config import EFRDNConfig
 from efrdn_fast.upscaler import Upscaler
 
@@ -281,14 +281,6 @@ def test_damaged_packets_are_left_out_with_a_warning(tmp_path):
     assert 0 < len(frames(tmp_path / "b.mkv")) < 20
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Checkpoint of a small random x2 network."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("weights")
-    return checkpoint.save(EFRDN(2, channels=16, distilled=4), folder / "net.safetensors")
-
-
 def test_the_command(tmp_path, weights, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     clip(tmp_path / "a.mp4", VARIABLE[:3])
@@ -322,7 +314,14 @@ def test_termination_leaves_a_file_that_plays(tmp_path, weights):
     source = clip(tmp_path / "a.mp4", [1000 * i for i in range(900)], size=(16, 16))
     command = [sys.executable, "-m", "efrdn_fast", "upscale", "-n", str(weights), str(source)]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A job in the background ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     parts = tmp_path / ".a_x2.mp4.parts"
     start = time.monotonic()
     while not list(parts.glob("*.bin")) and time.monotonic() - start < 90:
