@@ -92,25 +92,37 @@ def add_moments(count, mean, co, values, ok, MG: tl.constexpr, SPAN: tl.constexp
 
 
 @triton.jit
+def _exact_sum(values):
+    """Sum over the first axis, rounded once: the statistics decide every gradient."""
+    return tl.sum(values.to(tl.float64), axis=0).to(tl.float32)
+
+
+@triton.jit
+def _over_pixels(values, Q: tl.constexpr, GP: tl.constexpr):
+    """`[R]` summed over the pixels of a tile, `[GP]`, rounded once."""
+    return _exact_sum(values.reshape(Q, GP))
+
+
+@triton.jit
 def store_moments(partial, count, mean, co, Q: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
                   MG: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
     """Merge the rows of a tile and store them as one row of the table."""
     M: tl.constexpr = G * MG
     group = tl.arange(0, GP)
-    total = sum_pixels(count, Q, GP)
+    total = _over_pixels(count, Q, GP)
     share = 1.0 / tl.maximum(total, 1.0)
     tl.store(partial + group, total, mask=group < 1)
     away = ()
     for m in tl.static_range(MG):
-        center = sum_pixels(mean[m] * count, Q, GP) * share
+        center = _over_pixels(mean[m] * count, Q, GP) * share
         # Once more from there: what the first sum rounded away.
-        center += sum_pixels((mean[m] - spread(center, Q)) * count, Q, GP) * share
+        center += _over_pixels((mean[m] - spread(center, Q)) * count, Q, GP) * share
         tl.store(partial + 1 + group * MG + m, center, mask=group < G)
         away += (mean[m] - spread(center, Q),)
     for m in tl.static_range(MG):
         for s in tl.static_range(SPAN):
             product = away[m] * away[(m + s) % MG]
-            merged = sum_pixels(co[m * SPAN + s] + count * product, Q, GP)
+            merged = _over_pixels(co[m * SPAN + s] + count * product, Q, GP)
             tl.store(partial + 1 + M + (group * MG + m) * SPAN + s, merged, mask=group < G)
 
 
@@ -138,7 +150,7 @@ def merge_moments(partial, rows, G: tl.constexpr, GP: tl.constexpr, MG: tl.const
     share = 1.0 / tl.sum(count)
     mean = ()
     for m in tl.static_range(MG):
-        mean += (tl.sum(sums[m], axis=0) * share,)
+        mean += (_exact_sum(sums[m]) * share,)
     products = ()
     for _ in tl.static_range(MG * SPAN):
         products += (tl.zeros((STEP, GP), tl.float32),)
@@ -166,10 +178,10 @@ def merge_moments(partial, rows, G: tl.constexpr, GP: tl.constexpr, MG: tl.const
         products = added
     cov = ()
     for i in tl.static_range(MG * SPAN):
-        cov += (tl.sum(products[i], axis=0) * share,)
+        cov += (_exact_sum(products[i]) * share,)
     exact = ()
     for m in tl.static_range(MG):
-        exact += (mean[m] + tl.sum(rest[m], axis=0) * share,)
+        exact += (mean[m] + _exact_sum(rest[m]) * share,)
     return exact, cov
 
 
