@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from efrdn_fast import dispatch, env, testing
+from efrdn_fast import EFRDN, checkpoint, cli, dispatch, env, testing
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))  # for `bench`; an installed efrdn_fast still comes first
@@ -71,6 +71,34 @@ def poison_empty():
     """New uninitialised tensors hold NaN: an element that a kernel does not write shows."""
     with testing.poison_empty():
         yield
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Checkpoint of a small random x2 network."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights")
+    return checkpoint.save(EFRDN(2, channels=16, distilled=4), folder / "net.safetensors")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def upscale(weights, capsys):
+    """Runs `efrdn upscale` with the small network; returns (status, lines out, lines of errors)."""
+
+    def call(*args):
+        status = cli.main(["upscale", "-n", str(weights), *map(str, args)])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return status, out.splitlines(), err.splitlines()
+
+    return call
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

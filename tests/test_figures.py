@@ -13,18 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from efrdn_fast import EFRDN, checkpoint, cli, figures, images, metrics
+from efrdn_fast import EFRDN, cli, figures, images, metrics
 from efrdn_fast.images import Picture
 from efrdn_fast.upscaler import Upscaler
 
 pytest.importorskip("matplotlib", reason="the extra `figures`")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("weights")
-    return checkpoint.save(EFRDN(2, channels=16, distilled=4), folder / "net.safetensors")
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ a page that says anything else is a failure.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +17,7 @@ from torch import nn
 from efrdn_fast import batch, images
 from efrdn_fast.batch import Job
 from efrdn_fast.upscaler import Upscaler
-
-_spec = importlib.util.spec_from_file_location(
-    "image_seeds", Path(__file__).parent / "fuzz" / "seeds.py"
-)
-seeds = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(seeds)
+from tests.fuzz import seeds
 
 PAGE = Path(__file__).parents[1] / "docs" / "images.md"
 BEGIN, END = "<!-- begin: table of tests/test_image_table.py -->\n", "<!-- end -->\n"

@@ -1,91 +1,30 @@
-"""Files in, files out: depth, channels, colour and metadata kept; damage named in one line."""
+"""Files in, files out: depth, channels and colour kept."""
 
 from __future__ import annotations
 
-import errno
-import importlib.util
-import io
-import os
-import re
 import struct
 import sys
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image
 
-from efrdn_fast import images
-from efrdn_fast.encode import check_output, to_pil
 from efrdn_fast.images import Picture, from_pil, read, write
 from efrdn_fast.metadata import Metadata
-
-_spec = importlib.util.spec_from_file_location(
-    "image_seeds", Path(__file__).parent / "fuzz" / "seeds.py"
+from tests.fuzz import seeds
+from tests.image_files import (
+    MAKE,
+    MODEL,
+    ORIENTATION,
+    SRGB,
+    XMP,
+    exif_block,
+    minimal_png,
+    noise,
+    parse_exif,
+    png_chunk,
+    smooth,
 )
-seeds = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(seeds)
-
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-XMP = (
-    b'<?xpacket begin=""?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
-    b'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
-    b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
-    b'<?xpacket end="w"?>'
-)
-MAKE, MODEL, XRES, ORIENTATION, EXIF_IFD, GPS_IFD = 271, 272, 282, 274, 0x8769, 0x8825
-EXPOSURE, MAKER_NOTE, PIXEL_WIDTH, PIXEL_HEIGHT = 0x829A, 0x927C, 0xA002, 0xA003
-
-
-def exif_block(orientation: int = 1, width: int = 9, height: int = 7) -> bytes:
-    """EXIF with camera, exposure, maker note, sizes and GPS, without the JPEG prefix."""
-    exif = Image.Exif()
-    exif[MAKE], exif[MODEL], exif[ORIENTATION] = "Maker", "Model 7", orientation
-    exif[EXIF_IFD] = {
-        EXPOSURE: 0.008,
-        MAKER_NOTE: b"\x01secret\xff" * 5,
-        PIXEL_WIDTH: width,
-        PIXEL_HEIGHT: height,
-    }
-    exif[GPS_IFD] = {1: "N", 2: (47.0, 30.0, 15.5)}
-    return exif.tobytes().removeprefix(b"Exif\0\0")
-
-
-def parse_exif(block: bytes) -> Image.Exif:
-    exif = Image.Exif()
-    exif.load(b"Exif\0\0" + block)
-    return exif
-
-
-def noise(height: int, width: int, channels: int, dtype=np.uint8) -> np.ndarray:
-    rng = np.random.default_rng(height * 1000 + width * 10 + channels)
-    return rng.integers(0, np.iinfo(dtype).max + 1, (height, width, channels), dtype)
-
-
-def smooth(height: int, width: int, channels: int) -> np.ndarray:
-    """What lossy formats keep well."""
-    y, x = np.mgrid[:height, :width]
-    planes = [128 + 60 * np.sin(x / 9 + c) + 50 * np.cos(y / 7 - c) for c in range(channels)]
-    return np.stack(planes, axis=2).round().astype(np.uint8)
-
-
-def png_chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def minimal_png(
-    width: int, height: int, bits: int, colour: int, rows: bytes, extra: bytes = b""
-) -> bytes:
-    """A PNG written by hand; `rows` carry their filter bytes."""
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
-        + extra
-        + png_chunk(b"IDAT", zlib.compress(rows))
-        + png_chunk(b"IEND", b"")
-    )
-
 
 LOSSLESS = [
     (ext, channels, dtype)
@@ -139,108 +78,6 @@ def test_jpeg_keeps_full_chroma(tmp_path):
     write(tmp_path / "a.jpg", Picture(smooth(16, 16, 3)))
     with Image.open(tmp_path / "a.jpg") as image:
         assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3  # 4:4:4
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("ext", [".png", ".jpg", ".webp", ".tiff", ".png16", ".tiff16", ".bmp"])
-def test_metadata_survives(tmp_path, ext, channels):
-    dtype = np.uint16 if ext.endswith("16") else np.uint8
-    ext = ext.removesuffix("16")
-    before = Metadata(exif_block(), SRGB, XMP.replace(b'"6"', b'"1"'), (300.0, 240.0))
-    pixels = noise(14, 18, channels, dtype)
-    after = read(write(tmp_path / f"a{ext}", Picture(pixels, before))).metadata
-    if ext != ".webp":  # it has no resolution of its own
-        assert after.dpi == pytest.approx((300, 240), abs=0.02)
-    if ext == ".bmp":
-        return
-    assert after.icc == SRGB
-    assert after.xmp == before.xmp
-    exif = parse_exif(after.exif)
-    assert exif[MAKE] == "Maker" and exif[MODEL] == "Model 7"
-    inner = exif.get_ifd(EXIF_IFD)
-    assert inner[MAKER_NOTE] == b"\x01secret\xff" * 5
-    assert float(inner[EXPOSURE]) == pytest.approx(0.008)
-    assert (inner[PIXEL_WIDTH], inner[PIXEL_HEIGHT]) == (18, 14)  # of the pixels, not of the source
-    assert exif.get_ifd(GPS_IFD)[2] == (47.0, 30.0, 15.5)
-
-
-def test_metadata_crosses_formats(tmp_path):
-    """PNG -> TIFF -> JPEG -> WebP -> PNG: nothing is lost on the way."""
-    picture = Picture(smooth(14, 18, 3), Metadata(exif_block(), SRGB, XMP, (72.0, 72.0)))
-    for name in ("a.png", "b.tiff", "c.jpg", "d.webp", "e.png"):
-        picture = read(write(tmp_path / name, picture))
-    exif = parse_exif(picture.metadata.exif)
-    assert exif[MAKE] == "Maker" and 256 not in exif and 273 not in exif  # no tags of TIFF pixels
-    assert exif.get_ifd(GPS_IFD)[1] == "N"
-    assert exif.get_ifd(EXIF_IFD)[MAKER_NOTE] == b"\x01secret\xff" * 5
-    assert picture.metadata.icc == SRGB
-    assert b"xmpmeta" in picture.metadata.xmp
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff", "png16", "tiff16"])
-def test_orientation_is_applied_once(tmp_path, kind, orientation):
-    pixels = smooth(24, 40, 3)
-    source, target = tmp_path / f"a.{kind.removesuffix('16')}", tmp_path / "out.png"
-    tag = Image.Exif()
-    tag[ORIENTATION] = orientation
-    if kind == "tiff16":
-        import tifffile
-
-        pixels = pixels.astype(np.uint16) * 257
-        tags = [(ORIENTATION, 3, 1, orientation, True)]
-        tifffile.imwrite(source, pixels, photometric="rgb", extratags=tags)
-    elif kind == "png16":
-        pixels = pixels.astype(np.uint16) * 257
-        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-        block = tag.tobytes().removeprefix(b"Exif\0\0")
-        source.write_bytes(minimal_png(40, 24, 16, 2, rows, png_chunk(b"eXIf", block)))
-    else:
-        options = {"lossless": True} if kind == "webp" else {}
-        Image.fromarray(pixels).save(source, exif=tag, quality=95, **options)
-    with Image.open(source) as image:
-        image.load()  # a TIFF is turned by Pillow itself
-        expected = np.asarray(ImageOps.exif_transpose(image))
-    if kind.endswith("16"):
-        expected = expected.astype(np.uint16) * 257
-    picture = read(source)
-    np.testing.assert_array_equal(picture.pixels, expected)
-    write(target, picture)
-    with Image.open(target) as image:
-        assert image.getexif().get(ORIENTATION, 1) == 1
-    np.testing.assert_array_equal(read(target).pixels, expected)
-
-
-def test_orientation_in_xmp_is_reset_too(tmp_path):
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("XML:com.adobe.xmp", XMP.decode())
-    Image.fromarray(smooth(8, 12, 3)).save(tmp_path / "a.png", pnginfo=info)
-    picture = read(tmp_path / "a.png")
-    assert picture.pixels.shape == (12, 8, 3)  # 6: turned by a quarter
-    assert b'tiff:Orientation="1"' in picture.metadata.xmp
-
-
-def test_turned_pixels_drop_the_thumbnail_but_keep_maker_note_offsets():
-    block = bytearray(exif_block(orientation=6))
-    end = 8 + 2 + 12 * struct.unpack_from(">H", block, 8)[0]
-    struct.pack_into(">I", block, end, 8)  # a "thumbnail" directory: the first one again
-    before = Metadata(exif=bytes(block))
-    assert struct.unpack_from(">I", before.upright(5, 5).exif, end)[0] == 8
-    turned = before.upright(5, 6, turned=True).exif
-    assert struct.unpack_from(">I", turned, end)[0] == 0
-    assert turned.index(b"secret") == bytes(block).index(b"secret")
-    assert parse_exif(turned)[ORIENTATION] == 1
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF|Truncated File|EXIF that TIFF:UserWarning")
-@pytest.mark.parametrize("cut", [0, 3, 8, 9, 20, 40, 90])
-def test_damaged_exif_never_stops_a_picture(tmp_path, cut):
-    block = exif_block(orientation=1)[:cut] or b"rubbish"
-    Image.fromarray(smooth(8, 9, 3)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + block, quality=95)
-    picture = read(tmp_path / "a.jpg")
-    assert picture.pixels.shape == (8, 9, 3)
-    for name in ("b.jpg", "b.png", "b.webp", "b.tiff"):
-        assert read(write(tmp_path / name, picture)).pixels.shape == (8, 9, 3)
 
 
 def test_palette_and_transparency(tmp_path):
@@ -438,21 +275,6 @@ def test_floating_pixels_that_are_not_finite_are_refused(tmp_path):
         write(tmp_path / "a.png", Picture(pixels))
 
 
-@pytest.mark.parametrize("ext", [".png", ".jpg", ".tiff"])
-def test_resolution_grows_with_the_picture_where_asked(tmp_path, ext):
-    xmp = XMP.replace(b"tiff:Orientation", b'tiff:XResolution="300/1" tiff:Orientation')
-    exif = parse_exif(exif_block())
-    exif[XRES] = 300.0
-    block = exif.tobytes().removeprefix(b"Exif\0\0")
-    about = Metadata(block, SRGB, xmp, (300.0, 150.0)).denser(4)
-    assert about.dpi == (1200, 600)
-    again = read(write(tmp_path / f"a{ext}", Picture(smooth(9, 7, 3), about))).metadata
-    assert again.dpi == pytest.approx((1200, 600), abs=0.5)
-    assert b'tiff:XResolution="1200/1"' in again.xmp
-    if ext != ".tiff":  # whose EXIF leaves resolution to the file's own tags
-        assert parse_exif(again.exif)[XRES] == 1200
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_tiff_where_white_is_zero(tmp_path, dtype):
     import tifffile
@@ -478,147 +300,3 @@ def test_cmyk_goes_through_its_profile(tmp_path):
     assert picture.pixels.shape == (6, 8, 3)
     red, green, blue = picture.pixels[0, 0].astype(int)
     assert red > 200 and green < 80 and blue < 80
-
-
-@pytest.mark.parametrize("ext", ["gif", "webp", "png", "tiff"])
-def test_animated_and_paged_files_are_refused(tmp_path, ext):
-    frames = [Image.fromarray(noise(8, 8, 3) // (i + 1)) for i in range(3)]
-    frames[0].save(tmp_path / f"a.{ext}", save_all=True, append_images=frames[1:])
-    with pytest.raises(ValueError, match="has 3 pages" if ext == "tiff" else "has 3 frames"):
-        read(tmp_path / f"a.{ext}")
-
-
-def test_first_picture_of_mpo_is_read(tmp_path):
-    frames = [Image.fromarray(smooth(8, 12, 3)), Image.fromarray(smooth(8, 12, 3))]
-    frames[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=frames[1:])
-    assert read(tmp_path / "a.jpg").pixels.shape == (8, 12, 3)
-
-
-def test_decompression_bomb_is_refused_before_decoding(tmp_path):
-    bomb = minimal_png(60_000, 60_000, 8, 2, b"\0" * 100)
-    (tmp_path / "bomb.png").write_bytes(bomb)
-    with pytest.raises(ValueError, match=r"60000x60000 px is over the limit.*--max-pixels"):
-        read(tmp_path / "bomb.png")
-    write(tmp_path / "a.png", Picture(smooth(10, 10, 3)))
-    with pytest.raises(ValueError, match="over the limit of 99 px"):
-        read(tmp_path / "a.png", max_pixels=99)
-    assert read(tmp_path / "a.png", max_pixels=100).pixels.shape == (10, 10, 3)
-    assert Image.MAX_IMAGE_PIXELS  # the caller's own limit is as it was
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF|Truncated File:UserWarning")
-@pytest.mark.parametrize("ext", ["png", "jpg", "webp", "tiff", "bmp", "gif"])
-def test_truncated_files_are_refused(tmp_path, ext):
-    Image.fromarray(noise(64, 64, 3)).save(tmp_path / f"a.{ext}")
-    data = (tmp_path / f"a.{ext}").read_bytes()
-    for part in (4, 30, len(data) // 2, len(data) - len(data) // 8):
-        (tmp_path / f"a.{ext}").write_bytes(data[:part])
-        with pytest.raises(ValueError) as caught:
-            read(tmp_path / f"a.{ext}")
-        assert str(caught.value).startswith(f"{tmp_path}") and "\n" not in str(caught.value)
-
-
-def test_truncated_sixteen_bit_colour_is_refused(tmp_path):
-    data = write(tmp_path / "a.png", Picture(noise(64, 64, 3, np.uint16))).read_bytes()
-    (tmp_path / "a.png").write_bytes(data[: len(data) * 3 // 4])
-    with pytest.raises(ValueError, match="damaged or truncated PNG"):
-        read(tmp_path / "a.png")
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("ext", ["png", "jpg", "webp", "tiff", "bmp", "gif"])
-def test_flipped_bytes_give_a_picture_or_one_line(tmp_path, ext):
-    options = {"compression": "tiff_lzw"} if ext == "tiff" else {}
-    file = io.BytesIO()
-    Image.fromarray(smooth(24, 24, 3)).save(file, {"jpg": "JPEG"}.get(ext, ext.upper()), **options)
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        data = bytearray(file.getvalue())
-        for place in rng.integers(0, min(len(data), 400), 4):
-            data[place] = rng.integers(256)
-        (tmp_path / f"a.{ext}").write_bytes(data)
-        try:
-            picture = read(tmp_path / f"a.{ext}", max_pixels=1 << 20)
-            write(tmp_path / "b.png", picture)
-        except (ValueError, OSError) as error:
-            assert "\n" not in str(error)
-
-
-def test_files_that_are_no_images(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone\.png: no such file"):
-        read(tmp_path / "gone.png")
-    (tmp_path / "empty.png").touch()
-    with pytest.raises(ValueError, match="empty"):
-        read(tmp_path / "empty.png")
-    (tmp_path / "text.png").write_text("not an image")
-    with pytest.raises(ValueError, match="not a PNG, JPEG"):
-        read(tmp_path / "text.png")
-    with pytest.raises(ValueError, match="not a regular file"):
-        read(tmp_path)
-
-
-def test_unreadable_file_is_named(tmp_path, monkeypatch):
-    (tmp_path / "a.png").write_bytes(b"x")
-
-    def refuse(path):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(images.Path, "read_bytes", refuse)
-    with pytest.raises(OSError, match=r"a\.png: cannot be read: Permission denied"):
-        read(tmp_path / "a.png")
-
-
-@pytest.mark.parametrize(
-    "name, shape, bits, message",
-    [
-        ("a.jpg", (9, 9, 3), 16, "16-bit pixels to 8.*--ext png"),
-        ("a.webp", (9, 9, 1), 16, "16-bit"),
-        ("a.jpg", (9, 9, 4), 8, "transparency"),
-        ("a.bmp", (9, 9, 2), 8, "transparency"),
-        ("a.webp", (10, 16_384, 3), 8, "16383 px edge of WEBP"),
-        ("a.jpg", (70_000, 10, 3), 8, "65535 px edge of JPEG"),
-        ("a.tiff", (40_000, 40_000, 3), 8, "4 GiB of TIFF"),
-        ("a.gif", (9, 9, 3), 8, r"cannot write '?\.gif"),
-        ("a", (9, 9, 3), 8, "without an extension"),
-    ],
-)
-def test_outputs_that_cannot_hold_a_picture(name, shape, bits, message):
-    with pytest.raises(ValueError, match=message):
-        check_output(name, *shape, bits=bits)
-
-
-def test_pillow_has_no_sixteen_bit_colour():
-    assert to_pil(noise(4, 4, 1, np.uint16)).mode == "I;16"
-    with pytest.raises(ValueError, match="16-bit colour"):
-        to_pil(noise(4, 4, 3, np.uint16))
-
-
-@pytest.mark.parametrize("where", ["replace", "fsync"])
-def test_full_disk_leaves_nothing(tmp_path, monkeypatch, where):
-    (tmp_path / "a.png").write_bytes(b"old")
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, where, full)
-    with pytest.raises(OSError, match="No space left"):
-        write(tmp_path / "a.png", Picture(smooth(8, 8, 3)))
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-    assert (tmp_path / "a.png").read_bytes() == b"old"
-
-
-def test_large_exif_is_left_out_of_jpeg_with_a_warning(tmp_path):
-    big = Image.Exif()
-    big[EXIF_IFD] = {MAKER_NOTE: bytes(70_000)}
-    block = big.tobytes().removeprefix(b"Exif\0\0")
-    with pytest.warns(UserWarning, match="does not fit JPEG"):
-        write(tmp_path / "a.jpg", Picture(smooth(8, 8, 3), Metadata(exif=block, icc=SRGB)))
-    after = read(tmp_path / "a.jpg").metadata
-    assert after.exif == b"" and after.icc == SRGB
-
-
-def test_messages_are_one_line(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
-    with pytest.raises(ValueError) as caught:
-        read(tmp_path / "a.png")
-    assert re.fullmatch(r"\S+a\.png: .+", str(caught.value))
