@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-__all__ = ["BACKENDS", "DTYPES", "add_runtime", "image_size"]
+__all__ = ["BACKENDS", "DTYPES", "add_runtime", "image_size", "natural", "positive"]
 
 DTYPES = ("auto", "fp32", "tf32", "fp16", "bf16")
 BACKENDS = ("auto", "reference", "triton", "cuda", "cpu")
@@ -17,6 +17,20 @@ def image_size(text: str) -> tuple[int, int]:
     if not match or min(map(int, match.groups())) < 3:
         raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT of at least 3x3, got {text!r}")
     return int(match[1]), int(match[2])
+
+
+def natural(text: str) -> int:
+    """A whole number, 0 at least."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number, 1 at least."""
+    if not natural(text):
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:

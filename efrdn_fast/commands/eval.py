@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from ._options import add_runtime
+from ._options import add_runtime, positive
 
 HELP = "measure PSNR and SSIM on benchmark sets, beside bicubic and the paper's rows"
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Set5, Set14, BSD100, Urban100, Manga109 or folder names. Default: all there are",
     )
     parser.add_argument("--bicubic", action="store_true", help="bicubic only, no network")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="first N images of every set")
+    parser.add_argument("--limit", type=positive, metavar="N", help="first N images of every set")
     parser.add_argument("--out", metavar="FILE.json", help="write all figures and their origin")
     parser.add_argument(
         "--no-check",
@@ -50,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tile", type=int, metavar="N", help="tiles of N LR pixels, 0: never. Default: if needed"
     )
     network.add_argument(
-        "--segment-tokens", type=_positive, metavar="N", help="attention segments of N tokens"
+        "--segment-tokens", type=positive, metavar="N", help="attention segments of N tokens"
     )
     network.add_argument(
         "--self-ensemble", action="store_true", help="mean over eight flips and rotations"

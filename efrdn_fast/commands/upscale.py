@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-pixels",
-        type=_positive,
+        type=_options.positive,
         metavar="N",
         help="refuse larger images as decompression bombs (default: 178956970)",
     )
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     videos.add_argument(
         "--crf",
-        type=_natural,
+        type=_options.natural,
         default=16,
         metavar="N",
         help="quality of the encoder, less is better (default: 16)",
@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tiles.add_argument(
         "--tile-pad",
         "--tile_pad",
-        type=_natural,
+        type=_options.natural,
         metavar="N",
         help="pixels that neighbouring tiles share (default: 16)",
     )
@@ -124,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tiles.add_argument(
         "--segment-tokens",
-        type=_positive,
+        type=_options.positive,
         metavar="N",
         help="attention in segments of N pixels, so that time and memory grow with the area only; "
         "changes the picture a little (default: four segments)",
@@ -275,21 +275,9 @@ def _write_summary(path: Path, counts: dict, seconds: float, upscaler, results: 
     atomic_write(path, (json.dumps(summary, indent=2) + "\n").encode())
 
 
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not _natural(text):
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
-
-
 def _tile(text: str) -> int | None:
     if text == "auto":
         return None
-    if 0 < _natural(text) < 3:
+    if 0 < _options.natural(text) < 3:
         raise argparse.ArgumentTypeError("a tile must be at least 3 pixels; 0 for none, or auto")
     return int(text)
