@@ -228,4 +228,6 @@ def check_backward(
 def _op(case: Any) -> Any:
     from . import ops
 
+    if hasattr(case, "call"):
+        return case.call
     return getattr(getattr(torch.ops, ops.NAMESPACE), case.op)

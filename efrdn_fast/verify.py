@@ -5,12 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from . import dispatch, metrics
 from .benchmarks import ImageSet, find_pairs, load_pair
-from .cases import AcrbCase, GcrbCase
+from .cases import AcrbCase, Conv3x3Case, GcrbCase, GcrbChainCase, GcrbTrainCase
+from .cases_attention import EmhaCase, TokenCase
+from .cases_fusion import (
+    AcrbOutCase,
+    CalibrateCase,
+    FoldCase,
+    Merge3x3Case,
+    SigmoidGateCase,
+    UnfoldCase,
+)
 from .device import HALF
 from .fast import EFRDNFast
 from .model import EFRDN
@@ -42,25 +52,46 @@ class Row:
 
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "FAILED"
-        return f"{self.what:<10} {self.case:<22} {self.dtype:<5} {self.figure:<58} {verdict}"
+        return f"{self.what:<12} {self.case:<22} {self.dtype:<5} {self.figure:<58} {verdict}"
 
 
 def check_ops(device: torch.device, backend: str = "auto") -> Iterator[Row]:
-    """The ops of the packed network, in every dtype, by the rule of `testing.assert_within`."""
+    """Every op with kernels of its own, in every dtype, by the rule of `testing.assert_within`."""
     dtypes = {"fp32": torch.float32, **HALF}
     for shape in OP_SHAPES:
-        for case in (GcrbCase(shape), AcrbCase(shape, start=23)):
+        for case in _cases(shape):
             serving = {impl.backend for impl in dispatch.implementations(case.op)}
             wanted = backend if backend in {"auto", *serving} else "reference"
             for name, dtype in dtypes.items():
                 like = torch.empty(0, dtype=dtype, device=device)
                 taken = dispatch.choose(case.op, wanted, like)
                 try:
-                    error = check_forward(case, dtype, str(device), taken)[0]
+                    error = max(check_forward(case, dtype, str(device), taken))
                     row = f"{taken}: max error {error:.2e}", True
                 except AssertionError as failure:
                     row = f"{taken}: {failure}", False
                 yield Row(case.op, "x".join(map(str, shape)), name, *row)
+
+
+def _cases(shape: tuple[int, int, int, int]) -> tuple[Any, ...]:
+    """The forward ops on maps of `shape`, or on as many tokens as it has pixels."""
+    n, channels, height, width = shape
+    tokens = height * width
+    return (
+        GcrbCase(shape),
+        GcrbChainCase(shape),
+        GcrbTrainCase(shape),
+        AcrbCase(shape, start=23),
+        AcrbOutCase(shape, start=23),
+        Conv3x3Case((n, height, width), (channels,), channels, relu=True, residual=True),
+        Merge3x3Case(shape),
+        CalibrateCase(shape),
+        SigmoidGateCase(shape),
+        UnfoldCase(shape),
+        FoldCase(shape),
+        EmhaCase(n, tokens, length=(tokens + 3) // 4),
+        *(TokenCase(op, shape) for op in ("token_qkv", "token_hidden", "token_fold")),
+    )
 
 
 def check_network(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from efrdn_fast import EFRDN, checkpoint, cli, fast, verify
+from efrdn_fast import EFRDN, checkpoint, cli, dispatch, fast, fusion, verify
 from efrdn_fast.benchmarks import ImageSet
 
 CPU = torch.device("cpu")
@@ -34,12 +34,27 @@ def broken(monkeypatch):
     monkeypatch.setattr(fast._Packed, "__call__", lambda self, x: forward(self, x) * 1.001)
 
 
+@pytest.fixture(autouse=True)
+def small_ops(monkeypatch):
+    monkeypatch.setattr(verify, "OP_SHAPES", ((1, 32, 3, 3), (2, 32, 5, 7)))
+
+
 def test_ops():
-    rows = list(verify.check_ops(CPU, "reference"))
+    rows = list(verify.check_ops(CPU))
+    # every forward op of the table of backends, each at two shapes and in three dtypes
+    forward = {op for op in dispatch.IMPLS if "backward" not in op}
     assert {(row.what, row.dtype) for row in rows} == {
-        (op, dtype) for op in ("gcrb", "acrb") for dtype in ("fp32", "fp16", "bf16")
+        (op, dtype) for op in forward for dtype in ("fp32", "fp16", "bf16")
     }
+    assert len(rows) == 6 * len(forward)
     assert all(row.passed for row in rows), "\n".join(map(str, rows))
+
+
+def test_finds_a_wrong_op(monkeypatch):
+    gate = fusion.sigmoid_gate
+    monkeypatch.setattr(fusion, "sigmoid_gate", lambda *args, **kw: gate(*args, **kw) * 1.1)
+    rows = [row for row in verify.check_ops(CPU, "reference") if not row.passed]
+    assert {row.what for row in rows} == {"sigmoid_gate"} and len(rows) == 6
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -70,7 +85,7 @@ def test_command(net, image_set, tmp_path, monkeypatch, capsys):
     words = ["verify", "--model", path, "--backend", "reference", "--device", "cpu"]
     assert cli.main([*words, "--benchmark", str(image_set.folder.parent), "--sets", "mine"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[-1] == "24 of 24 comparisons within their bounds"
+    assert out[-1] == "96 of 96 comparisons within their bounds"
     assert any(line.startswith("mine") and "bf16" in line for line in out)
 
 
