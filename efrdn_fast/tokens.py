@@ -44,7 +44,7 @@ class _Unfold(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return dispatch.implementation("fold", ctx.backend)(grad, *ctx.shape[2:]), None
+        return _Fold.apply(grad, ctx.shape, ctx.backend), None
 
 
 class _Fold(torch.autograd.Function):
@@ -55,7 +55,7 @@ class _Fold(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return dispatch.implementation("unfold", ctx.backend)(grad), None, None
+        return _Unfold.apply(grad, ctx.backend), None, None
 
 
 def _patches(like: Tensor, length: int) -> Tensor:

@@ -135,6 +135,19 @@ def test_tokens(size, channels):
     check(lambda x, backend: tokens.unfold(x, backend).square(), [x])
 
 
+def test_tokens_differentiate_twice():
+    (x,) = maps(1, (1, 3, 4), 16)
+    second = {}
+    for backend in ("cpu", "reference"):
+        t = tokens.unfold(x, backend)
+        weights = torch.linspace(-1, 1, t.numel()).view(t.shape).requires_grad_()
+        y = tokens.fold(t * weights, x.shape, False, backend)
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        second[backend] = torch.autograd.grad(grad.square().sum(), [x, weights])
+    for found, wanted in zip(second["cpu"], second["reference"], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+
+
 def test_other_widths_take_the_reference():
     a, b = maps(2, (1, 4, 5), 24)
     weight = torch.randn(48, 6, 3, 3)
