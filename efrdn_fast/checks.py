@@ -50,11 +50,13 @@ def check_like(op: str, name: str, other: Tensor, shape: tuple[int, ...], x: Ten
 
 
 def check_weights(op: str, x: Tensor, **weights: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Each weight has its shape, is float32 or of the dtype of `x`, and is on its device."""
+    """Each weight is not empty, has its shape and device, and is float32 or of the dtype of `x`."""
     for name, (weight, shape) in weights.items():
         check_tensor(op, name, weight)
         if weight.shape != shape:
             raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(weight.shape)}")
+        if 0 in shape:
+            raise ValueError(f"{op}: {name} must not be empty, got zero-size {list(shape)}")
         if weight.dtype != x.dtype and weight.dtype != torch.float32:
             raise TypeError(
                 f"{op}: {name} must be float32 or {x.dtype} like the input, got {weight.dtype}"

@@ -294,6 +294,8 @@ def acrb_train(
     check_map("acrb_train", "x", x)
     check_batch_norm("acrb_train", x, momentum, eps)
     check_tensor("acrb_train", "w3x3", w3x3)
+    if w3x3.ndim != 4:
+        raise ValueError(f"acrb_train: w3x3 must be [d, d, 3, 3], got {list(w3x3.shape)}")
     d = w3x3.shape[0]
     check_weights(
         "acrb_train", x, w3x3=(w3x3, (d, d, 3, 3)), gamma=(gamma, (d,)), beta=(beta, (d,))

@@ -113,6 +113,7 @@ REJECTED = {
         ({"groups": 0}, ValueError, "groups must divide C=8, got 0"),
         ({"groups": 8}, ValueError, "groups must divide M=4, got 8"),
         ({"w1": zeros(4, 4)}, ValueError, r"w1 must be \[M, C / groups, 1, 1\], got \[4, 4\]"),
+        ({"w1": zeros(0, 4, 1, 1)}, ValueError, r"w1 must not be empty, got zero-size \[0, 4"),
         ({"b1": zeros(5)}, ValueError, r"b1 must be \[4\], got \[5\]"),
         ({"w2": zeros(4, 4, 3, 3)}, ValueError, r"w2 must be \[4, 1, 3, 3\]"),
         ({"b2": None}, TypeError, "b2 must be a tensor, got NoneType"),
@@ -159,6 +160,7 @@ REJECTED = {
         ({"gamma": zeros(2)}, ValueError, r"gamma must be \[3\], got \[2\]"),
         ({"running_mean": zeros(3)}, ValueError, "must be given together"),
         ({"w1x3": zeros(3, 3, 3, 1)}, ValueError, r"w1x3 must be \[3, 3, 1, 3\]"),
+        ({"w3x3": zeros(())}, ValueError, r"w3x3 must be \[d, d, 3, 3\], got \[\]"),
     ],
     "asymmetric_conv": [
         ({"w3x3": zeros(2, 3)}, ValueError, r"w3x3 must be \[Cout, Cin, 3, 3\]"),
