@@ -202,7 +202,7 @@ def _conv3x3_backward(ctx, grad_y):
             y = torch.ops.efrdn_fast.conv3x3(
                 xs, weight, bias, None, ctx.groups, True, ctx.interleaved, ctx.forward
             )
-        grad = grad_y * (y > 0)
+        grad = torch.ops.aten.threshold_backward(grad_y, y, 0)  # as ReLU's, NaN in y included
     grad_x, grad_weight = torch.ops.efrdn_fast.conv3x3_backward(
         grad, xs, weight, ctx.groups, ctx.interleaved, ctx.backend, taps=ctx.taps
     )

@@ -50,6 +50,24 @@ def test_conv3x3_forward(target, case, dtype):
     check_forward(case, dtype, *target)
 
 
+def test_conv3x3_relu_passes_gradients_as_pytorch_does():
+    """Where the result is NaN the gradient passes, and a closed ReLU stops an infinite one."""
+    x = make_input((1, 1, 1, 3))
+    x[0, 0, 0, 2] = torch.nan
+    weight = torch.zeros(1, 1, 3, 3)
+    weight[0, 0, 1, 1] = 1.0
+    grad = torch.tensor([[[[torch.inf, 2.0, 3.0]]]])
+    found = []
+    for call in (
+        lambda bias: functional.conv3x3(x, weight, bias, relu=True, backend="reference"),
+        lambda bias: F.relu(F.conv2d(x, weight, bias, padding=1)),
+    ):
+        bias = torch.full((1,), -1e6, requires_grad=True)
+        found.append(torch.autograd.grad(call(bias), bias, grad)[0])
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.op("conv3x3")
 @pytest.mark.usefixtures("poison_empty")
 @pytest.mark.parametrize(("case", "dtype"), FORWARD, ids=case_id)
