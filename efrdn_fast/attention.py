@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import dispatch, ops_attention
 from .checks import check_map, check_tensor, check_weights
+from .kernels._precision import matmul_tf32
 
 __all__ = ["MAX_HEAD_DIM", "emha", "transformer_block"]
 
@@ -82,7 +83,7 @@ def _segment_length(op: str, tokens: int, segment_tokens: int | None, segments: 
 def _tf32(x: Tensor, asked: bool | None) -> bool:
     if x.device.type != "cuda" or x.dtype != torch.float32:
         return False
-    return torch.backends.cuda.matmul.allow_tf32 if asked is None else asked
+    return matmul_tf32() if asked is None else asked
 
 
 def transformer_block(

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import _configs
 from . import reference as _reference
 from ._launch import empty_map, launch, map_strides, readable, strip
+from ._precision import convolution_tf32
 from ._reduce import sum_rows
 from .conv3x3 import convolve, fits, load_window, parts, products, window, window_pointers
 
@@ -140,7 +141,7 @@ def acrb_backward(
         *(gated, base, partial, h, w, rows, gn, gh, xn, xh, gw),
         SOURCES=(tuple(source),),
         COUT=d,
-        SPLIT=x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32,
+        SPLIT=x.dtype == torch.float32 and not convolution_tf32(),
         **config,
     )
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)

@@ -7,9 +7,8 @@ share the pixels and split the output channels, so their weights stay on chip.
 
 Groups become block-diagonal weights: for the 4 to 8 channels of a group the zeros cost less than
 another data layout. Interleaved sources (a0, b0, a1, b1, ...) are a numbering of the weight's
-channels. float32 maps use TF32 where PyTorch's own convolutions may
-(`torch.backends.cudnn.allow_tf32`), else three TF32 products of high and low parts, which is as
-exact as float32.
+channels. float32 maps use TF32 where PyTorch's own convolutions may, else three TF32 products of
+high and low parts, which is as exact as float32.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from torch import Tensor
 from . import _configs
 from . import reference as _reference
 from ._launch import dot, empty_map, launch, map_strides, readable, relu, strip
+from ._precision import convolution_tf32
 
 __all__ = [
     "Source",
@@ -305,7 +305,7 @@ def convolve(
         sources.append(source)
         cin += x.shape[1]
     x, (n, cout, h, w) = bases[0], out.shape
-    split = x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+    split = x.dtype == torch.float32 and not convolution_tf32()
     name = f"{str(x.dtype).removeprefix('torch.')}{'x3' if split else ''}"
     name += f"-C{'+'.join(str(each.shape[1]) for each in xs)}to{cout}"
     if groups > 1:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _build
+from ._precision import convolution_tf32
 
 __all__ = [
     "acrb_backward_cpu",
@@ -117,7 +118,7 @@ def acrb_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
 
 
 def conv3x3_cuda(*args: Any) -> Tensor:
-    return _op("conv3x3_cuda")(*args, torch.backends.cudnn.allow_tf32)
+    return _op("conv3x3_cuda")(*args, convolution_tf32())
 
 
 def emha_cpu(*args: Any) -> tuple[Tensor, Tensor]:

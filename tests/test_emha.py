@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from efrdn_fast.kernels import _build
+from efrdn_fast.kernels import _build, _precision
 from efrdn_fast.kernels import reference_attention as kernels
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -247,3 +247,19 @@ def test_emha_rejects(changes, error, message):
     arguments = {"qkv": small(), "heads": 2, **changes}
     with pytest.raises(error, match=message):
         functional.emha(**arguments)
+
+
+def test_tf32_follows_both_interfaces_of_pytorch():
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    try:
+        for setting, expected in (("tf32", True), ("ieee", False)):
+            matmul.fp32_precision = conv.fp32_precision = setting
+            assert _precision.matmul_tf32() is expected
+            assert _precision.convolution_tf32() is expected
+        for expected in (True, False):
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = expected
+            assert _precision.matmul_tf32() is expected
+            assert _precision.convolution_tf32() is expected
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before
