@@ -43,13 +43,24 @@ class Rows:
         return rows.permute(1, 2, 0, 3)
 
     def write(self, top: int, x: Tensor) -> None:
-        """Store `x` `[N, C, h, W]` from row `top` on."""
+        """Store `x` `[N, C, h, W]` from row `top` on.
+
+        Raises:
+            OSError: The disk is full; the message names the folder.
+        """
         rows = x.permute(2, 0, 1, 3).to("cpu", self.dtype).contiguous()
         view = memoryview(rows.numpy()).cast("B")
         self._file.seek(top * self.row_bytes)
         done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"features between passes cannot be kept in {tempfile.gettempdir()}: "
+                f"{error.strerror}; set TMPDIR to a folder with more space",
+            ) from error
 
 
 class Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from efrdn_fast.rows import Moments, Rows, Stream, resized_rows
 from efrdn_fast.upscaler import Upscaler, prepare
 
 CPU = torch.device("cpu")
+FULL_DISK = Path("/dev/full")
 
 
 def network(**options):
@@ -165,3 +167,11 @@ def test_halo_is_cut_at_the_borders():
         for top, bottom, low, (rows,) in stream.bands(lambda x: x, [source], (1, 2))
     ]
     assert seen == [(0, 3, 0, 4), (3, 6, 2, 7), (6, 9, 5, 9), (9, 10, 8, 9)]
+
+
+@pytest.mark.skipif(not FULL_DISK.exists(), reason="the device of Linux that is always full")
+def test_full_disk_names_the_folder():
+    rows = Rows((1, 2, 3, 4), torch.float32)
+    rows._file = open(FULL_DISK, "wb", buffering=0)  # noqa: SIM115
+    with rows._file, pytest.raises(OSError, match="set TMPDIR to a folder with more space"):
+        rows.write(0, torch.ones(1, 2, 3, 4))
