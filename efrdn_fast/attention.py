@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops_attention
-from .checks import check_map, check_tensor, check_weights
+from .checks import check_map, check_rank, check_weights
 from .kernels._precision import matmul_tf32
 
 __all__ = ["MAX_HEAD_DIM", "emha", "transformer_block"]
@@ -131,10 +131,8 @@ def transformer_block(
     """
     op = "transformer_block"
     check_map(op, "x", x)
-    for name, weight in (("reduce", reduce), ("fc1_weight", fc1_weight)):
-        check_tensor(op, name, weight)
-        if weight.ndim != 2:
-            raise ValueError(f"{op}: {name} must have 2 dimensions, got {list(weight.shape)}")
+    for name, weight, rows in (("reduce", reduce, "M"), ("fc1_weight", fc1_weight, "L")):
+        check_rank(op, name, weight, f"{rows}, 9 * C")
     dim, inner, hidden = 9 * x.shape[1], reduce.shape[0], fc1_weight.shape[0]
     check_weights(
         op,

@@ -12,6 +12,8 @@ __all__ = [
     "check_groups",
     "check_like",
     "check_map",
+    "check_rank",
+    "check_running",
     "check_slice",
     "check_squeeze",
     "check_tensor",
@@ -24,6 +26,13 @@ DTYPES = (*dispatch.HALF_OR_SINGLE, torch.float64)
 def check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def check_rank(op: str, name: str, weight: Tensor, dims: str) -> None:
+    """A tensor with as many dimensions as `dims` names, whose sizes can then be read."""
+    check_tensor(op, name, weight)
+    if weight.ndim != len(dims.split(", ")):
+        raise ValueError(f"{op}: {name} must be [{dims}], got {list(weight.shape)}")
 
 
 def check_map(op: str, name: str, x: Tensor, dims: str = "N, C, H, W") -> None:
@@ -93,12 +102,15 @@ def check_batch_norm(op: str, x: Tensor, momentum: float, eps: float) -> None:
         raise ValueError(f"{op}: eps must be positive, got {eps}")
 
 
+def check_running(op: str, mean: object, var: object) -> None:
+    if (mean is None) != (var is None):
+        raise ValueError(f"{op}: running_mean and running_var must be given together")
+
+
 def check_squeeze(op: str, x: Tensor, w1: Tensor, groups: int) -> tuple[int, int]:
     """C and M of a GCRB."""
     check_map(op, "x", x)
-    check_tensor(op, "w1", w1)
-    if w1.ndim != 4:
-        raise ValueError(f"{op}: w1 must be [M, C / groups, 1, 1], got {list(w1.shape)}")
+    check_rank(op, "w1", w1, "M, C / groups, 1, 1")
     channels, mid = x.shape[1], w1.shape[0]
     check_groups(op, groups, C=channels, M=mid)
     return channels, mid

@@ -22,9 +22,10 @@ from .checks import (
     check_groups,
     check_like,
     check_map,
+    check_rank,
+    check_running,
     check_slice,
     check_squeeze,
-    check_tensor,
     check_weights,
 )
 
@@ -84,8 +85,7 @@ def gcrb(
         w3=(w3, (channels, mid // groups, 1, 1)),
         b3=(b3, (channels,)),
     )
-    backend = dispatch.choose("gcrb", backend, x)
-    return _ops.gcrb(x, w1, b1, w2, b2, w3, b3, groups, backend)
+    return _ops.gcrb(x, w1, b1, w2, b2, w3, b3, groups, dispatch.choose("gcrb", backend, x))
 
 
 def gcrb_chain(
@@ -173,8 +173,7 @@ def gcrb_train(
         gamma3=(gamma3, (channels,)),
         beta3=(beta3, (channels,)),
     )
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("gcrb_train: running_mean and running_var must be given together")
+    check_running("gcrb_train", running_mean, running_var)
     if running_mean is not None:
         widths = (mid, mid, channels)
         for name, running in (("running_mean", running_mean), ("running_var", running_var)):
@@ -223,9 +222,7 @@ def acrb(
 
 def _check_acrb(op: str, x: Tensor, weight: Tensor, bias: Tensor, start: int) -> None:
     check_map(op, "x", x)
-    check_tensor(op, "weight", weight)
-    if weight.ndim != 4:
-        raise ValueError(f"{op}: weight must be [d, d, 3, 3], got {list(weight.shape)}")
+    check_rank(op, "weight", weight, "d, d, 3, 3")
     d = weight.shape[0]
     check_weights(op, x, weight=(weight, (d, d, 3, 3)), bias=(bias, (d,)))
     check_slice(op, "start", start, d, x.shape[1])
@@ -293,15 +290,12 @@ def acrb_train(
     """
     check_map("acrb_train", "x", x)
     check_batch_norm("acrb_train", x, momentum, eps)
-    check_tensor("acrb_train", "w3x3", w3x3)
-    if w3x3.ndim != 4:
-        raise ValueError(f"acrb_train: w3x3 must be [d, d, 3, 3], got {list(w3x3.shape)}")
+    check_rank("acrb_train", "w3x3", w3x3, "d, d, 3, 3")
     d = w3x3.shape[0]
     check_weights(
         "acrb_train", x, w3x3=(w3x3, (d, d, 3, 3)), gamma=(gamma, (d,)), beta=(beta, (d,))
     )
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("acrb_train: running_mean and running_var must be given together")
+    check_running("acrb_train", running_mean, running_var)
     if running_mean is not None:
         check_weights(
             "acrb_train", x, running_mean=(running_mean, (d,)), running_var=(running_var, (d,))
@@ -336,9 +330,7 @@ def asymmetric_conv(
     """
     op = "asymmetric_conv"
     check_map(op, "x", x)
-    check_tensor(op, "w3x3", w3x3)
-    if w3x3.ndim != 4:
-        raise ValueError(f"{op}: w3x3 must be [Cout, Cin, 3, 3], got {list(w3x3.shape)}")
+    check_rank(op, "w3x3", w3x3, "Cout, Cin, 3, 3")
     cout, cin = w3x3.shape[:2]
     check_weights(
         op,
@@ -393,11 +385,7 @@ def conv3x3(
         check_like(op, f"xs[{i}]", x, (n, c if interleaved else x.shape[1], h, w), first)
     if interleaved and len(sources) != 2:
         raise ValueError(f"{op}: interleaved needs two maps in xs, got {len(sources)}")
-    check_tensor(op, "weight", weight)
-    if weight.ndim != 4:
-        raise ValueError(
-            f"{op}: weight must be [Cout, Cin / groups, 3, 3], got {list(weight.shape)}"
-        )
+    check_rank(op, "weight", weight, "Cout, Cin / groups, 3, 3")
     cin, cout = sum(x.shape[1] for x in sources), weight.shape[0]
     check_groups(op, groups, Cin=cin, Cout=cout)
     check_weights(

@@ -59,7 +59,8 @@ class _Fold(torch.autograd.Function):
 
 
 def _patches(like: Tensor, length: int) -> Tensor:
-    """How many patches cover each pixel along one axis: 3 inside, 2 at both ends."""
+    """How many patches cover each pixel along one axis: 3, one less at either end."""
     count = like.new_full((length,), 3.0)
-    count[0] = count[-1] = 2.0
+    count[0] -= 1.0
+    count[-1] -= 1.0
     return count

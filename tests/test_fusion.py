@@ -132,6 +132,7 @@ def test_tokens(size, channels):
         y = tokens.fold(t, x.shape, False, "cpu")
         torch.testing.assert_close(y, tokens.fold(t, x.shape, False, "reference"))
         torch.testing.assert_close(y, x * overlap_count(x))
+        torch.testing.assert_close(tokens.fold(t, x.shape, True, "cpu"), x)
     check(lambda x, backend: tokens.unfold(x, backend).square(), [x])
 
 

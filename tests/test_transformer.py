@@ -233,7 +233,7 @@ def test_block_vectors(vectors_root, target, file, options):
         ({0: torch.zeros(2, 8, 5, 7)}, ValueError, r"norm1_weight must be \[72\], got \[144\]"),
         ({1: torch.zeros(144, device="meta")}, ValueError, "norm1_weight must be on cpu.*meta"),
         ({2: torch.zeros(144).double()}, TypeError, "norm1_bias must be float32.*float64"),
-        ({3: torch.zeros(72)}, ValueError, r"reduce must have 2 dimensions, got \[72\]"),
+        ({3: torch.zeros(72)}, ValueError, r"reduce must be \[M, 9 \* C\], got \[72\]"),
         ({4: torch.zeros(144, 72)}, ValueError, r"qkv must be \[216, 72\], got \[144, 72\]"),
         ({9: None}, TypeError, "fc1_weight must be a tensor, got NoneType"),
         ({"heads": 5}, ValueError, "heads must divide the width 72 of q, got 5"),
