@@ -1,7 +1,8 @@
 """Registers, shared memory, spills and matrix instructions of every Triton kernel, without a GPU.
 
-    python -m bench.triton_resources            compile and print the table
-    python -m bench.triton_resources --write    ... and write docs/triton_resources.md
+    python -m bench.triton_resources                               compile all, print the table
+    python -m bench.triton_resources --write                       ... into docs/triton_resources.md
+    python -m bench.triton_resources --write --only emha --sm 90   ... these cells of it anew
 
 The launchers run on meta tensors and their launches are recorded, so what is compiled is what they
 would launch with the shipped configs. Each is compiled for six architectures and disassembled with
@@ -40,7 +41,17 @@ from triton.compiler import ASTSource
 
 from efrdn_fast import cases, cases_attention
 
-__all__ = ["ARCHITECTURES", "TABLE", "Resources", "cell", "kernels", "measure", "render"]
+__all__ = [
+    "ARCHITECTURES",
+    "TABLE",
+    "Kernel",
+    "Resources",
+    "cell",
+    "kernels",
+    "measure",
+    "read_table",
+    "render",
+]
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "triton_resources.md"
@@ -230,29 +241,42 @@ def measure(kernel: _launch.Launch, architecture: int) -> Resources:
 
 
 def cell(used: Resources) -> str:
-    """Registers / KiB of shared memory (matrix instructions)."""
+    """Registers / KiB of shared memory (matrix instructions), and spills if there are any."""
     text = f"{used.registers} / {used.shared / 1024:.1f}"
-    return f"{text} ({used.mma})" if used.mma else text
+    text += f" ({used.mma})" if used.mma else ""
+    return f"{text} {used.spills} spills" if used.spills else text
 
 
-def render(rows: list[tuple[Kernel, list[Resources]]]) -> str:
-    """The table as Markdown."""
-    titles = ["kernel", "config", *(f"sm_{a}" for a in ARCHITECTURES), "spills"]
+def read_table(text: str) -> dict[tuple[str, str], dict[int, str]]:
+    """(kernel, config) -> architecture -> cell of a table as `render` writes it."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return {
+        (name.strip(), config.strip()): {
+            a: each.strip() for a, each in zip(ARCHITECTURES, cells, strict=True)
+        }
+        for name, config, *cells in lines[2:]
+    }
+
+
+def render(rows: list[Kernel], cells: dict[tuple[str, str], dict[int, str]]) -> str:
+    """The table as Markdown; a dash where `cells` has none."""
+    titles = ["kernel", "config", *(f"sm_{a}" for a in ARCHITECTURES)]
     lines = [
         "# Resources of the Triton kernels",
         "",
-        f"Triton {triton.__version__}, written by `python -m bench.triton_resources --write`. "
-        "Each cell: registers of a thread / KiB of shared memory of a block",
-        "(matrix instructions). The last column is the number of instructions that spill, over "
-        "all architectures.",
+        f"Triton {triton.__version__}, compiled ahead of time and disassembled, no GPU needed: "
+        "`python -m bench.triton_resources --write`.",
+        "Each cell: registers of a thread / KiB of shared memory of a block (matrix instructions), "
+        "and the number of instructions",
+        "that spill where there are any. A dash is a pair that has not been compiled.",
         "",
         "| " + " | ".join(titles) + " |",
         "|" + "---|" * len(titles),
     ]
-    for kernel, columns in rows:
-        cells = [cell(r) for r in columns]
-        spills = str(sum(r.spills for r in columns))
-        lines.append(f"| {' | '.join([kernel.name, kernel.config, *cells, spills])} |")
+    for kernel in rows:
+        known = cells.get((kernel.name, kernel.config), {})
+        shown = [known.get(a, "-") for a in ARCHITECTURES]
+        lines.append(f"| {' | '.join([kernel.name, kernel.config, *shown])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -260,13 +284,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write docs/triton_resources.md")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument(
+        "--sm", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, metavar="N"
+    )
     args = parser.parse_args()
-    rows = [
-        (kernel, [measure(kernel.launch, a) for a in ARCHITECTURES])
-        for kernel in kernels()
-        if args.only in kernel.name
-    ]
-    text = render(rows)
+    found = kernels()
+    chosen = [kernel for kernel in found if args.only in kernel.name]
+    cells = read_table(TABLE.read_text(encoding="utf-8")) if args.write else {}
+    for kernel in chosen:
+        known = cells.setdefault((kernel.name, kernel.config), {})
+        known.update({a: cell(measure(kernel.launch, a)) for a in args.sm})
+    text = render(found if args.write else chosen, cells)
     if args.write:
         TABLE.write_text(text, encoding="utf-8")
     print(text, end="")

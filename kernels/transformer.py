@@ -127,7 +127,7 @@ def _config(op: str, x: Tensor, product: str) -> dict[str, Any]:
     # token_fold with two stages spills on sm_80.
     stages = 1 if single or op == "token_fold" else 2
     config = {"P": 64, "num_warps": 4, "num_stages": stages}
-    return config | ({"NB": 32} if op == "token_qkv" else {})
+    return config | ({"NB": width_limit(product)} if op == "token_qkv" else {})
 
 
 def token_qkv(
