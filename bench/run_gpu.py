@@ -76,7 +76,8 @@ def steps(out: Path) -> list[Step]:
     python = sys.executable
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     bench = (*pytest, "--results", str(out / "results"), "--device", "cuda")
-    ops = ("tests/test_gcrb.py", "tests/test_acrb.py", "tests/test_conv3x3.py")
+    names = ("gcrb", "acrb", "conv3x3", "emha", "transformer", "fusion")
+    ops = tuple(f"tests/test_{name}.py" for name in names)
     sizes = "x4-64x64-b1 or x4-128x128-b1 or x4-320x180-b1 or x4-480x270-b1"
     benches = ("gcrb", "acrb", "conv3x3", "emha", "transformer")
     kernels = [f"bench/bench_{op}.py" for op in benches if _have(f"file:bench/bench_{op}.py")]

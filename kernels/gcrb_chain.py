@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import _configs
 from ._launch import dot, empty_map, launch, map_strides, readable, relu
+from ._precision import convolution_tf32
 from .gcrb import gcrb
 
 __all__ = ["gcrb_chain"]
@@ -124,7 +125,7 @@ def gcrb_chain(x: Tensor, params: Sequence[Tensor], groups: int) -> tuple[Tensor
     params = [p.contiguous() for p in params]
     down = triton.cdiv(h, config["HEIGHT"] - 6)
     across = triton.cdiv(w, config["WIDTH"] - 6)
-    exact = x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+    exact = x.dtype == torch.float32 and not convolution_tf32()
     (xn, xh, xw), (yn, yh, yw) = map_strides(x), map_strides(ys[0])
     launch(
         _gcrb_chain_kernel,
