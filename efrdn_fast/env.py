@@ -5,6 +5,7 @@
 | `EFRDN_FAST_BACKEND` | `auto`, `reference`, `triton`, `cuda`, `cpu` | `auto` |
 | `EFRDN_FAST_CACHE_DIR` | folder for builds | `efrdn_fast` in TORCH_EXTENSIONS_DIR or `~/.cache` |
 | `EFRDN_FAST_VERBOSE_BUILD` | `0`, `1` | `0` |
+| `EFRDN_FAST_CUDA_GRAPHS` | `0`, `1`: inference of `EFRDNFast` on a GPU as CUDA graphs | `1` |
 | `EFRDN_FAST_DATA` | folder with benchmark and training images | unset |
 """
 
@@ -14,7 +15,7 @@ import functools
 import os
 from pathlib import Path
 
-__all__ = ["BACKENDS", "backend", "cache_dir", "data_dir", "verbose_build"]
+__all__ = ["BACKENDS", "backend", "cache_dir", "cuda_graphs", "data_dir", "verbose_build"]
 
 BACKENDS = ("reference", "triton", "cuda", "cpu")
 
@@ -58,9 +59,22 @@ def verbose_build() -> bool:
     Raises:
         ValueError: Neither 0 nor 1.
     """
-    value = os.environ.get("EFRDN_FAST_VERBOSE_BUILD") or "0"
+    return _switch("EFRDN_FAST_VERBOSE_BUILD", "0")
+
+
+def cuda_graphs() -> bool:
+    """EFRDN_FAST_CUDA_GRAPHS: capture inference on a GPU, see `graphs`.
+
+    Raises:
+        ValueError: Neither 0 nor 1.
+    """
+    return _switch("EFRDN_FAST_CUDA_GRAPHS", "1")
+
+
+def _switch(name: str, default: str) -> bool:
+    value = os.environ.get(name) or default
     if value not in ("0", "1"):
-        raise ValueError(f"EFRDN_FAST_VERBOSE_BUILD must be 0 or 1, got {value!r}")
+        raise ValueError(f"{name} must be 0 or 1, got {value!r}")
     return value == "1"
 
 

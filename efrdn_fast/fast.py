@@ -6,6 +6,9 @@ and again as soon as a parameter or running statistic has changed; they are neve
 pickled. Where gradients or the statistics of a batch are asked for, forward and backward run on
 fused ops (see `fast_training`). Tracing, compiling and tensors without data take the forward of
 EFRDN itself.
+
+On a GPU a shape that comes again is replayed as a CUDA graph (see `graphs`), unless the call is
+itself being captured. This has not run on a GPU yet; EFRDN_FAST_CUDA_GRAPHS=0 turns it off.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dispatch, env
+from . import dispatch, env, graphs, reference
 from .blocks import BatchNorm
 from .device import HALF, PRECISIONS, is_out_of_memory, precision
 from .fast_training import train_forward
@@ -141,7 +144,10 @@ class EFRDNFast(EFRDN):
 
     def _run(self, x: Tensor, weights: list[Tensor], compute: torch.dtype) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return self._pack(weights, x.device, compute)(x.to(self.head.weight.dtype))
+            packed = self._pack(weights, x.device, compute)
+            x = x.to(self.head.weight.dtype)
+            key = _graph_key(self, x) if graphs.capturable(x) else None
+            return packed(x) if key is None else packed.graphs.run(packed, x, key)
 
     def _pack(self, weights: list[Tensor], device: torch.device, compute: torch.dtype) -> _Packed:
         """The packed network for `compute`, made anew where the weights have changed."""
@@ -184,6 +190,7 @@ class _Packed:
 
     def __init__(self, net: EFRDN, to: Target, sources: list[Tensor]):
         self.plan, self.dtype, self.sources = to.plan, to.dtype, sources
+        self.graphs = graphs.GraphCache()
         ends = Target(net.head.weight.dtype, to.plan)
         count = len(net.acdm)
         self.head = Conv(net.head, ends)
@@ -253,6 +260,23 @@ def _traced(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or type(x) not in (Tensor, nn.Parameter)
+    )
+
+
+def _graph_key(net: EFRDN, x: Tensor) -> tuple | None:
+    """What a graph of the packed forward freezes besides the weights; None: run without one.
+
+    Parts that run as modules and an attention set by the user may do what a replay would not.
+    """
+    blocks, config = [trans.emha for trans in net.trans], net.config
+    plain = all(b.attention in (reference.emha, reference.emha_sdpa) for b in blocks)
+    if not plain or (config.module, config.ablation) != ("acdm", "full"):
+        return None
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    return (
+        *(b.segment_length(x.shape[2] * x.shape[3]) for b in blocks),
+        *(matmul.fp32_precision, conv.fp32_precision),
+        torch.are_deterministic_algorithms_enabled(),
     )
 
 

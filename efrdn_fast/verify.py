@@ -120,6 +120,8 @@ def check_network(
             x = torch.rand(batch, 3, height, width, generator=generator).to(device)
             with torch.inference_mode():
                 exact = exact_net(x.double())
+                if device.type == "cuda":
+                    fast(x)  # the second call for a shape is the one that replays a graph
                 error = (fast(x).double() - exact).abs()
                 base = (plain(x).double() - exact).abs().max().item()
             rms = error.square().mean().sqrt().item()
