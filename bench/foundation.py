@@ -1,7 +1,8 @@
-"""README's figures of the plain network on this machine: `python -m bench.foundation`.
+"""README's figures of what users call, on this machine: `python -m bench.foundation`.
 
-Time and peak memory of `upscale()` and steps per second of the trainer, each in a process of its
-own, after one warm-up, medians of three. Writes `bench/results/<device>/foundation.json`.
+Time and peak memory of `upscale()` and of a step of the trainer, by the plain network and by
+EFRDNFast, each in a process of its own, after one warm-up, medians of three. Writes
+`bench/results/<device>/foundation.json`.
 """
 
 from __future__ import annotations
@@ -26,22 +27,25 @@ def measure(case: dict) -> dict:
     """Seconds (median of three after a warm-up) and peak resident memory of this process."""
     import torch
 
+    import efrdn_fast
+
     torch.manual_seed(0)
     if case["what"] == "upscale":
-        import efrdn_fast
-
         width, height = case["size"]
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
 
         def once() -> None:
-            efrdn_fast.upscale(image, 4, device="cpu", tile=0)
+            with efrdn_fast.use_backend("auto" if case["fast"] else "reference"):
+                efrdn_fast.upscale(image, 4, device="cpu", tile=0)
     else:
         from efrdn_fast.options import TrainOptions
-        from efrdn_fast.train import Trainer
+        from efrdn_fast.trainer import Trainer
 
-        options = TrainOptions(batch_size=case["batch"], patch_size=case["patch"])
-        trainer = Trainer(options)
-        shape = (case["batch"], 3, case["patch"], case["patch"])
+        batch, patch = case["batch"], case["patch"]
+        trainer = Trainer(TrainOptions(batch_size=batch, patch_size=patch))
+        if case["fast"]:
+            trainer.run_through(efrdn_fast.accelerate(trainer.net))
+        shape = (batch, 3, patch, patch)
         lr = torch.randint(0, 256, shape, dtype=torch.uint8)
         hr = lr.repeat_interleave(4, 2).repeat_interleave(4, 3)
 
@@ -68,7 +72,7 @@ def main() -> None:
 
     device = device_folder(torch.device("cpu"))
     rows = []
-    for case in CASES:
+    for case in (case | {"fast": fast} for case in CASES for fast in (False, True)):
         command = [sys.executable, "-m", "bench.foundation", json.dumps(case)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
@@ -78,7 +82,7 @@ def main() -> None:
         "device": device,
         "threads": torch.get_num_threads(),
         "dtype": "float32",
-        "network": "EFRDN x4, attention by SDPA",
+        "network": "x4: EFRDN with attention by SDPA; fast: EFRDNFast",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "rows": rows,

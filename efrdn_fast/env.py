@@ -5,7 +5,7 @@
 | `EFRDN_FAST_BACKEND` | `auto`, `reference`, `triton`, `cuda`, `cpu` | `auto` |
 | `EFRDN_FAST_CACHE_DIR` | folder for builds | `efrdn_fast` in TORCH_EXTENSIONS_DIR or `~/.cache` |
 | `EFRDN_FAST_VERBOSE_BUILD` | `0`, `1` | `0` |
-| `EFRDN_FAST_CUDA_GRAPHS` | `0`, `1`: inference of `EFRDNFast` on a GPU as CUDA graphs | `1` |
+| `EFRDN_FAST_CUDA_GRAPHS` | `0`, `1`: inference of `EFRDNFast` on a GPU as CUDA graphs | `0` |
 | `EFRDN_FAST_DATA` | folder with benchmark and training images | unset |
 """
 
@@ -63,12 +63,12 @@ def verbose_build() -> bool:
 
 
 def cuda_graphs() -> bool:
-    """EFRDN_FAST_CUDA_GRAPHS: capture inference on a GPU, see `graphs`.
+    """EFRDN_FAST_CUDA_GRAPHS: capture inference on a GPU, see `graphs`; off until a GPU has run it.
 
     Raises:
         ValueError: Neither 0 nor 1.
     """
-    return _switch("EFRDN_FAST_CUDA_GRAPHS", "1")
+    return _switch("EFRDN_FAST_CUDA_GRAPHS", "0")
 
 
 def _switch(name: str, default: str) -> bool:

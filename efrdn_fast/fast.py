@@ -7,8 +7,8 @@ pickled. Where gradients or the statistics of a batch are asked for, forward and
 fused ops (see `fast_training`). Tracing, compiling and tensors without data take the forward of
 EFRDN itself.
 
-On a GPU a shape that comes again is replayed as a CUDA graph (see `graphs`), unless the call is
-itself being captured. This has not run on a GPU yet; EFRDN_FAST_CUDA_GRAPHS=0 turns it off.
+With EFRDN_FAST_CUDA_GRAPHS=1 a shape that comes again on a GPU is replayed as a CUDA graph (see
+`graphs`), unless the call is itself being captured. Off by default: no GPU has run it yet.
 """
 
 from __future__ import annotations

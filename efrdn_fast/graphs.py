@@ -2,7 +2,7 @@
 
 A call copies its input into the buffer of a graph, replays it and returns a copy of its result;
 the buffers are never handed out. A shape is captured when it comes for the second time, so that
-images of ever new sizes pay for no capture. EFRDN_FAST_CUDA_GRAPHS=0 turns graphs off.
+images of ever new sizes pay for no capture. EFRDN_FAST_CUDA_GRAPHS=1 turns graphs on.
 
 This code has not run on a GPU yet; the tests have a stand-in for `CudaGraph`.
 """

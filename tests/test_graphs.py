@@ -148,13 +148,13 @@ def test_only_cuda_tensors_outside_a_capture(monkeypatch):
     class OnGpu:
         is_cuda = True
 
-    monkeypatch.delenv("EFRDN_FAST_CUDA_GRAPHS", raising=False)
+    monkeypatch.setenv("EFRDN_FAST_CUDA_GRAPHS", "1")
     assert not graphs.capturable(torch.rand(1))
     for capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
         assert graphs.capturable(OnGpu()) is not capturing
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setenv("EFRDN_FAST_CUDA_GRAPHS", "0")
+    monkeypatch.delenv("EFRDN_FAST_CUDA_GRAPHS")
     assert not graphs.capturable(OnGpu())
     monkeypatch.setenv("EFRDN_FAST_CUDA_GRAPHS", "off")
     with pytest.raises(ValueError, match="EFRDN_FAST_CUDA_GRAPHS must be 0 or 1, got 'off'"):
