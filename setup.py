@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "efrdn_fast/__init__.py").read_text())[1]
 
 EXTRAS = {
-    "train": ["tensorboard>=2.15"],
+    "train": ["tensorboard>=2.15", "nvidia-ml-py>=12; platform_system == 'Linux'"],
     "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
     "images": ["opencv-python-headless>=4.12"],
     "video": ["av>=18; python_version >= '3.11'"],  # it has no wheels for 3.10

@@ -194,11 +194,11 @@ class Patches(Dataset):
     """LR/HR patch pairs, uint8 `[3, p, p]` and `[3, scale p, scale p]`, flipped and rotated.
 
     Item (step, index, p) depends on these and on the seed alone. All patch positions of all images
-    are equally likely; one of the eight flips and rotations is applied.
+    are equally likely; one of the eight flips and rotations is applied unless `augment` is off.
     """
 
-    def __init__(self, cache: ImageCache, seed: int):
-        self.cache, self.seed = cache, seed
+    def __init__(self, cache: ImageCache, seed: int, augment: bool = True):
+        self.cache, self.seed, self.augment = cache, seed, augment
         self._sizes = np.array([entry["lr_size"] for entry in cache.images])
         self._ends: dict[int, np.ndarray] = {}
 
@@ -228,7 +228,7 @@ class Patches(Dataset):
         top, left = divmod(position, self.cache.images[image]["lr_size"][1] - p + 1)
         lr = self.cache.lr(image)[top : top + p, left : left + p]
         hr = self.cache.hr(image)[s * top : s * (top + p), s * left : s * (left + p)]
-        turns, mirror = divmod(int(rng.integers(8)), 2)
+        turns, mirror = divmod(int(rng.integers(8)) if self.augment else 0, 2)
         return _augment(lr, turns, mirror), _augment(hr, turns, mirror)
 
 

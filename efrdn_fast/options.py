@@ -65,6 +65,8 @@ class TrainOptions:
     """Checkpoint whose weights the run starts from; tails of another scale are resampled."""
     fit_tails: int = 0
     """Batches to which the upsampling tails are fitted by least squares before the first step."""
+    augment: bool = True
+    """Turn and mirror patches at random: each of the eight ways is equally likely."""
     manual_seed: int = 0
     """Seed of initialisation and of every sample."""
 

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -95,7 +95,7 @@ def _train(
     val_cache = build_cache(val_images, options.scale, cache_dir) if val_images else None
     if not world.local_rank:
         world.wait()
-    patches = Patches(cache, options.manual_seed)
+    patches = Patches(cache, options.manual_seed, options.augment)
     for patch, _ in options.all_sizes():
         patches.ends(patch)  # raises when no image is large enough
     trainer = Trainer(options, world.device(run.device), world)
@@ -148,6 +148,34 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+class _Timed:
+    """Batches of a loader; `waited` adds up the seconds that training stood still for them."""
+
+    def __init__(self, batches: Iterable):
+        self.batches, self.waited = batches, 0.0
+
+    def __iter__(self) -> Iterator:
+        batches = iter(self.batches)
+        while True:
+            start = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.monotonic() - start
+            yield batch
+
+
+def _gpu_use(device: torch.device) -> dict[str, int]:
+    """Per cent of the last sample period in which a kernel ran, where NVML can be asked."""
+    if device.type != "cuda":
+        return {}
+    try:
+        return {"gpu_percent": torch.cuda.utilization(device)}
+    except (ImportError, RuntimeError):  # no nvidia-ml-py, or no rights to ask
+        return {}
+
+
 class _Session:
     """One invocation of `train`: log, validation, checkpoints, progress."""
 
@@ -195,10 +223,11 @@ class _Session:
         """Train on `batches` until they end, time is up or `stop` is not empty; then save."""
         trainer, run, total = self.trainer, self.run, self.trainer.options.total_iter
         saved, losses, tick, stopped = trainer.step, [], time.monotonic(), 0.0
+        timed = _Timed(batches)
         off = None if trainer.world.is_first else True
         bar = tqdm(total=total, initial=trainer.step, unit="step", smoothing=0.05, disable=off)
         try:
-            for lr, hr in batches:
+            for lr, hr in timed:
                 losses.append(trainer.train_step(lr, hr))
                 bar.update()
                 if trainer.bad_streak >= BAD_STEPS_LIMIT:
@@ -210,9 +239,13 @@ class _Session:
                     seconds, tick = time.monotonic() - tick, time.monotonic()
                     good = [x for x in losses if math.isfinite(x)]
                     loss = sum(good) / max(1, len(good))
-                    self.log(loss=loss, skipped=trainer.skipped, steps_per_s=len(losses) / seconds)
+                    self.log(
+                        **{"loss": loss, "skipped": trainer.skipped},
+                        **{"steps_per_s": len(losses) / seconds, "data_s": timed.waited},
+                        **_gpu_use(trainer.device),
+                    )
                     bar.set_postfix(loss=f"{loss:.4f}", psnr=self.psnr and f"{self.psnr:.2f}")
-                    losses = []
+                    losses, timed.waited = [], 0.0
                 if self.val_cache and (trainer.step % run.val_freq == 0 or trainer.step == total):
                     self.psnr = validate(
                         *(self.judged, self.val_cache, trainer.device, run.val_crop),

@@ -94,6 +94,8 @@ def test_all_flips_and_rotations_occur(tmp_path):
     Image.fromarray(pixels).save(folder / "a.png")
     patches = Patches(build_cache(find_images([folder]), 2, tmp_path / "c"), seed=1)
     assert len({patches[n, 0, 4][1].numpy().tobytes() for n in range(100)}) == 8
+    plain = Patches(patches.cache, seed=1, augment=False)
+    assert len({plain[n, 0, 4][1].numpy().tobytes() for n in range(20)}) == 1
 
 
 def test_samples_do_not_depend_on_workers_processes_or_the_first_step(photos, tmp_path):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from efrdn_fast import checkpoint
 from efrdn_fast.model import EFRDN
 from efrdn_fast.options import PRESETS, RunOptions, TrainOptions
-from efrdn_fast.train import Trainer, train
+from efrdn_fast.train import Trainer, _gpu_use, train
 from efrdn_fast.warmstart import fit_tails
 
 # Without FFLB a step takes a quarter of the time; the trainer does not see the difference.
@@ -130,6 +130,18 @@ def test_result_is_a_checkpoint_with_its_record(photos, tmp_path):
     assert np.isfinite(record["validation_psnr_db"])
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if "psnr_db" in r] == [3]
+    (row,) = [r for r in rows if "steps_per_s" in r]
+    assert 0 < row["data_s"] < 3 / row["steps_per_s"]
+
+
+def test_gpu_use_is_left_out_where_it_cannot_be_asked(monkeypatch):
+    def missing(device):
+        raise ModuleNotFoundError("pynvml")
+
+    monkeypatch.setattr(torch.cuda, "utilization", missing)
+    assert _gpu_use(torch.device("cuda")) == {} == _gpu_use(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 93)
+    assert _gpu_use(torch.device("cuda")) == {"gpu_percent": 93}
 
 
 def test_warm_start_takes_all_weights_and_resamples_the_tails_of_another_scale(tmp_path):
