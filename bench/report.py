@@ -4,8 +4,9 @@
     python -m bench.report --check    exit status 1 where one differs from the results (CI)
 
 A table stands between `<!-- bench: TABLE DEVICE OP CASE -->` and `<!-- /bench -->`; TABLE is
-`network`, `kernels`, `peers` or `blocks`, DEVICE a folder of `bench/results`. A device without
-results says "not measured". Pictures: see `plots`; each holds a digest of the files it shows.
+`network`, `kernels`, `peers` or `blocks`, or one of `training_tables`, DEVICE a folder of
+`bench/results`. A device without results says "not measured". Pictures: see `plots`; each holds a
+digest of the files it shows.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from . import training_tables
 from .harness.provenance import RESULTS
 from .harness.store import load
 
 __all__ = ["PAGES", "main", "render_page"]
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/training.md")
 BLOCK = re.compile(r"(<!-- bench: (.+?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -85,14 +87,17 @@ def table(kind: str, device: str, op: str, case: str) -> str:
     """One table as Markdown, with the source of its figures.
 
     Args:
-        kind: A key of `COLUMNS`.
+        kind: A key of `COLUMNS` or of `training_tables.TABLES`.
         case: Of the rows; "*" takes all.
 
     Raises:
         ValueError: No such table.
     """
+    if kind in training_tables.TABLES:
+        return training_tables.TABLES[kind](device, case)
     if kind not in COLUMNS:
-        raise ValueError(f"no table {kind!r}; expected {', '.join(COLUMNS)}")
+        known = [*COLUMNS, *training_tables.TABLES]
+        raise ValueError(f"no table {kind!r}; expected {', '.join(known)}")
     path = RESULTS / device / f"{op}.json"
     stored = load(path) if path.is_file() else {"rows": [], "runs": {}}
     rows = [

@@ -1,0 +1,98 @@
+"""Tables of weights, recipe and ablations for README and docs, from the results files."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from efrdn_fast.ablate import ablation_tables, variants
+from efrdn_fast.tables import paper_tables
+
+from .harness.provenance import RESULTS
+
+__all__ = ["TABLES", "ablation", "recipe", "weights"]
+
+SETS = ("Set5", "Set14", "BSD100")
+SCALES = (4, 3, 2)
+SHORT = ("IMDN", "EFRDN")  # the peers that README shows
+
+
+def _read(device: str, name: str) -> dict[str, Any]:
+    path = RESULTS / device / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _figures(sets: dict[str, Any], which: str) -> list[str]:
+    """PSNR and SSIM on whole sets; "not measured" for the others."""
+    whole = {name: found for name, found in sets.items() if found["whole"]}
+    shown = {name: f"{v[which]['psnr']:.3f} / {v[which]['ssim']:.4f}" for name, v in whole.items()}
+    return [shown.get(name, "not measured") for name in SETS]
+
+
+def weights(device: str, peers: str) -> str:
+    """PSNR and SSIM of the shipped weights beside bicubic and published networks.
+
+    Args:
+        peers: "short" (two of Table 1) or "*" (all of Table 1, and Table 6 at x4).
+    """
+    lines = ["| PSNR (dB) / SSIM on Y | " + " | ".join(SETS) + " |", "|" + "---|" * 4]
+    for scale in SCALES:
+        plain = _read(device, f"eval_x{scale}").get("scales", {}).get(f"x{scale}")
+        if plain is None:
+            continue
+        ensemble = _read(device, f"eval_x{scale}_ensemble").get("scales", {})
+        rows = [
+            ("bicubic", _figures(plain["sets"], "bicubic")),
+            ("**these weights**", _figures(plain["sets"], "model")),
+        ]
+        if ensemble:
+            sets = ensemble[f"x{scale}"]["sets"]
+            rows.append(("these weights, self-ensemble of 8", _figures(sets, "model")))
+        published = dict(paper_tables()["table1"][f"x{scale}"])
+        if scale == 4 and peers == "*":
+            published |= paper_tables()["table6_x4"]
+        published["EFRDN"] = published.pop("EFRDN")  # last
+        for name, row in published.items():
+            if peers == "*" or name in SHORT:
+                cells = [f"{row[s][0]:.2f} / {row[s][1]:.4f}" if row[s] else "" for s in SETS]
+                rows.append((f"{name}, published (DIV2K)", cells))
+        lines += [f"| x{scale} {name} | {' | '.join(cells)} |" for name, cells in rows]
+    links = ", ".join(
+        f"[{path.stem}]({{up}}bench/results/{device}/{path.name})"
+        for path in sorted((RESULTS / device).glob("eval_x*.json"))
+    )
+    return "\n".join([*lines, "", f"By `efrdn eval`: {links}."]) + "\n"
+
+
+def recipe(device: str, _: str) -> str:
+    """PSNR of every choice of the recipe, and its difference to the base of the same seed."""
+    stored = _read(device, "recipe")
+    rows = stored["rows"]
+    base = rows[0]["psnr_db"]
+    lines = ["| change | PSNR, dB | to the base | CPU seconds |", "|" + "---|" * 4]
+    for row in rows:
+        name = f"base, seed {row['seed']}" if row["change"] == "base" else row["change"]
+        psnr, seconds = row["psnr_db"], row["cpu_seconds"]
+        lines.append(f"| {name} | {psnr:.3f} | {psnr - base:+.3f} | {seconds:.0f} |")
+    return "\n".join([*lines, "", _source(stored["run"], device, "recipe")]) + "\n"
+
+
+def ablation(device: str, _: str) -> str:
+    """The paper's Tables 2-5 beside the trained variants."""
+    stored = _read(device, "ablation")
+    psnr = {(row["table"], row["name"]): row["psnr"] for row in stored["rows"]}
+    rows = variants()
+    for row in rows:
+        row.psnr = psnr[row.table, row.name]
+    return f"```text\n{ablation_tables(rows)}\n```\n"
+
+
+def _source(run: dict[str, Any], device: str, name: str) -> str:
+    return (
+        f"{run['device']}, torch {run['versions']['torch']}, revision {run['revision']} "
+        f"([figures]({{up}}bench/results/{device}/{name}.json))."
+    )
+
+
+TABLES = {"weights": weights, "recipe": recipe, "ablation": ablation}
+"""Name in a page's marker -> its table, of a device and the marker's last word."""
