@@ -179,6 +179,8 @@ class RunOptions:
     """Train through torch.compile."""
     strict: bool = False
     """An unreadable training image is an error, not skipped."""
+    data_note: str = ""
+    """Sources and licences of the images, in words; stored in the checkpoint."""
     tensorboard: bool = True
     """Write TensorBoard events when tensorboard is installed."""
 

@@ -193,8 +193,10 @@ class _Session:
         return accelerate(averaged) if self.run.fast else averaged
 
     def record(self) -> dict:
-        """Training record for the checkpoint's metadata."""
+        """Training record for the checkpoint's metadata, with that of the weights it began with."""
+        extra = {"started_from": self.trainer.started_from, "data_note": self.run.data_note}
         return {
+            **{name: value for name, value in extra.items() if value},
             "options": self.trainer.options.to_dict(),
             "steps": self.trainer.step,
             "images": len(self.cache),

@@ -55,8 +55,7 @@ class Trainer:
         for module in net.modules():
             if isinstance(module, CC) and options.cc_bias_init:
                 nn.init.constant_(module.squeeze.bias, options.cc_bias_init)
-        if options.init:
-            warm_start(net, options.init)
+        self.started_from = warm_start(net, options.init) if options.init else {}
         if options.attention == "sdpa":
             net.set_attention(reference.emha_sdpa)
         if self.world.size > 1:

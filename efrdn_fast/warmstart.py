@@ -16,11 +16,12 @@ __all__ = ["fit_tails", "warm_start"]
 RIDGE = 1e-6  # weight of the squared norm of the change, per equation
 
 
-def warm_start(net: EFRDN, source: str) -> None:
-    """Load the weights of `source`; the upsampling tails of another scale are resampled.
+def warm_start(net: EFRDN, source: str) -> dict:
+    """Load the weights of `source` and return its training record.
 
-    The filters of an s x s block of pixels become those of another grid on the same block by
-    averaging, so that the start is the other network's result, enlarged or reduced.
+    The upsampling tails of another scale are resampled: the filters of an s x s block of pixels
+    become those of another grid on the same block by averaging, so that the start is the other
+    network's result, enlarged or reduced.
     """
     stored = checkpoint.load(source)
     state, own, then = stored.state_dict, net.state_dict(), stored.config["scale"]
@@ -31,6 +32,7 @@ def warm_start(net: EFRDN, source: str) -> None:
                 blocks = F.adaptive_avg_pool2d(blocks, net.scale)  # [3, taps, s, s]
                 state[name] = blocks.permute(0, 2, 3, 1).reshape(own[name].shape)
     checkpoint.load_into(net, state, source)
+    return stored.training
 
 
 @torch.no_grad()

@@ -185,11 +185,12 @@ def test_fitted_tails_are_the_least_squares_solution(photos, tmp_path):
 
 
 def test_run_without_steps_saves_the_fitted_tails_and_resumes_as_it_is(photos, tmp_path):
-    source = checkpoint.save(EFRDN(4, ablation="no_fflb"), tmp_path / "x4.safetensors")
+    before = {"steps": 9}
+    source = checkpoint.save(EFRDN(4, ablation="no_fflb"), tmp_path / "x4.safetensors", before)
     options = TrainOptions(
         **{**TINY, "total_iter": 0, "warmup": 0, "scale": 2, "init": str(source), "fit_tails": 1}
     )
-    path = train([photos], options, run_options(tmp_path))
+    path = train([photos], options, run_options(tmp_path, data_note="own photos, CC0"))
     fitted = load_file(path)
     start = Trainer(options).net.state_dict()
     different = {k for k in start if not torch.equal(start[k], fitted[k])}
@@ -197,7 +198,9 @@ def test_run_without_steps_saves_the_fitted_tails_and_resumes_as_it_is(photos, t
         "reconstruct_deep.conv2",
         "reconstruct_shallow.conv",
     }
-    assert checkpoint.load(path).training["steps"] == 0
+    record = checkpoint.load(path).training
+    assert (record["steps"], record["started_from"]) == (0, before)
+    assert record["data_note"] == "own photos, CC0"
     assert_same_weights(load_file(train([photos], options, run_options(tmp_path))), fitted)
 
 
