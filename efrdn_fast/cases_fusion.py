@@ -1,4 +1,4 @@
-"""Inputs of the ops that have no entry in `torch.ops`, as data; see `cases`.
+"""Inputs of the merges, gates and sums over patches, as data; see `cases`.
 
 `case.call(*args, backend)` runs the op.
 """
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import functional, fusion, reference, tokens
 from .cases import AcrbCase, Weights, weight_dtype
-from .kernels import reference_fusion
 from .testing import make_input
 
 __all__ = [
@@ -72,7 +72,9 @@ class SigmoidGateCase(FusionCase):
     def call(x: Tensor, logits: Tensor, backend: str) -> Tensor:
         return fusion.sigmoid_gate(x, logits, backend=backend)
 
-    reference = staticmethod(reference_fusion.sigmoid_gate)
+    @staticmethod
+    def reference(x: Tensor, logits: Tensor) -> Tensor:
+        return x * torch.sigmoid(logits)
 
 
 class CalibrateCase(FusionCase):
@@ -94,7 +96,14 @@ class CalibrateCase(FusionCase):
         *tensors, backend = args
         return fusion.calibrate(*tensors, backend=backend)
 
-    reference = staticmethod(reference_fusion.calibrate)
+    @staticmethod
+    def reference(
+        base: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+    ) -> Tensor:
+        mean = x.mean(dim=(2, 3), keepdim=True)
+        std = ((x - mean).square().mean(dim=(2, 3), keepdim=True) + 1e-6).sqrt()
+        gates = [torch.sigmoid(F.conv2d(F.conv2d(s, w1, b1).relu(), w2, b2)) for s in (mean, std)]
+        return base + x * (gates[0] + gates[1]) / 2
 
 
 class Merge3x3Case(FusionCase):

@@ -130,7 +130,10 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
     "conv3x3_backward": _row("conv3x3_backward"),
     **{
         op: _row(op, None, ("cpu",), "reference_fusion")
-        for op in ("merge3x3", "calibrate", "sigmoid_gate", "unfold", "fold")
+        for op in (
+            *("merge3x3", "merge3x3_backward", "calibrate", "calibrate_backward"),
+            *("sigmoid_gate", "sigmoid_gate_backward", "unfold", "fold"),
+        )
     },
     **{op: _row(op, "emha", BOTH, ATTENTION) for op in ("emha", "emha_backward")},
     **{

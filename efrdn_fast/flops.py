@@ -66,6 +66,28 @@ def conv3x3_backward(grad, xs, weight, groups, *args, taps=9, out_shape=None, **
     return _conv_backward(grad, weight[1] * groups, weight[0], groups, taps)
 
 
+def merge3x3(a, b, gate, residual, weight, *args, out_shape=None, **kwargs) -> int:
+    return _conv(a, weight[0], weight[1], 9)
+
+
+def merge3x3_backward(grad, a, b, gate, weight, relu, groups, *args, **kwargs) -> int:
+    return _conv_backward(a, weight[1] * groups, weight[0], groups, 9)
+
+
+def calibrate(base, x, w1, *args, out_shape=None, **kwargs) -> int:
+    """Two 1x1 convolutions of one pixel, for the mean and for the deviation."""
+    return 2 * 2 * _conv([x[0], 0, 1, 1], w1[0], w1[1], 1)
+
+
+def calibrate_backward(grad, *args, **kwargs) -> int:
+    return 2 * calibrate(grad, *args)
+
+
+def no_products(*args, **kwargs) -> int:
+    """Of ops that multiply no matrices: PyTorch charges nothing for those either."""
+    return 0
+
+
 def emha(qkv, heads, length, *args, out_shape=None, **kwargs) -> int:
     """q k^T and the product with v, for the segments as they are."""
     n, tokens, width = qkv
@@ -120,6 +142,11 @@ def _register() -> None:
         (ops.acrb_backward, acrb_backward),
         (ops.conv3x3, conv3x3),
         (ops.conv3x3_backward, conv3x3_backward),
+        (ops.merge3x3, merge3x3),
+        (ops.merge3x3_backward, merge3x3_backward),
+        (ops.calibrate, calibrate),
+        (ops.calibrate_backward, calibrate_backward),
+        ([ops.sigmoid_gate, ops.sigmoid_gate_backward, ops.unfold, ops.fold], no_products),
         (ops.emha, emha),
         (ops.emha_backward, emha_backward),
         (ops.token_qkv, token_qkv),

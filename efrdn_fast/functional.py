@@ -28,17 +28,21 @@ from .checks import (
     check_squeeze,
     check_weights,
 )
+from .fusion import calibrate, merge3x3, sigmoid_gate
 
 __all__ = [
     "acrb",
     "acrb_out",
     "acrb_train",
     "asymmetric_conv",
+    "calibrate",
     "conv3x3",
     "emha",
     "gcrb",
     "gcrb_chain",
     "gcrb_train",
+    "merge3x3",
+    "sigmoid_gate",
     "transformer_block",
 ]
 
@@ -75,17 +79,20 @@ def gcrb(
         >>> y = gcrb(x, *reparam.fold_gcrb(block, use=0))
     """
     channels, mid = check_squeeze("gcrb", x, w1, groups)
-    check_weights(
-        "gcrb",
-        x,
-        w1=(w1, (mid, channels // groups, 1, 1)),
-        b1=(b1, (mid,)),
-        w2=(w2, (mid, 1, 3, 3)),
-        b2=(b2, (mid,)),
-        w3=(w3, (channels, mid // groups, 1, 1)),
-        b3=(b3, (channels,)),
-    )
+    weights, shapes = (w1, b1, w2, b2, w3, b3), _gcrb_shapes(channels, mid, groups)
+    check_weights("gcrb", x, **{k: (w, shapes[k]) for k, w in zip(shapes, weights, strict=True)})
     return _ops.gcrb(x, w1, b1, w2, b2, w3, b3, groups, dispatch.choose("gcrb", backend, x))
+
+
+def _gcrb_shapes(channels: int, mid: int, groups: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "w1": (mid, channels // groups, 1, 1),
+        "b1": (mid,),
+        "w2": (mid, 1, 3, 3),
+        "b2": (mid,),
+        "w3": (channels, mid // groups, 1, 1),
+        "b3": (channels,),
+    }
 
 
 def gcrb_chain(
@@ -106,14 +113,7 @@ def gcrb_chain(
     if len(params) != 18:
         raise ValueError(f"{op}: params must be 18 tensors, six for each GCRB, got {len(params)}")
     channels, mid = check_squeeze(op, x, params[0], groups)
-    shapes = (
-        ("w1", (mid, channels // groups, 1, 1)),
-        ("b1", (mid,)),
-        ("w2", (mid, 1, 3, 3)),
-        ("b2", (mid,)),
-        ("w3", (channels, mid // groups, 1, 1)),
-        ("b3", (channels,)),
-    )
+    shapes = list(_gcrb_shapes(channels, mid, groups).items())
     for i, param in enumerate(params):
         name, shape = shapes[i % 6]
         check_weights(op, x, **{f"params[{i}] ({name})": (param, shape)})

@@ -1,18 +1,20 @@
-"""Ops of one block each that have CPU kernels, differentiable once; elsewhere plain PyTorch.
+"""Public ops of one block each, re-exported by `functional`, whose conventions they keep.
 
-Maps are `[N, C, H, W]` of one dtype, results NHWC memory. Under autocast maps go to its dtype, as
-in the ops of `functional`.
+They have CPU kernels for some widths; at others, and on other devices, the reference serves them.
+Without autocast maps of several dtypes go to the widest of them.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import dispatch
+from . import dispatch, ops_fusion
+from .checks import check_groups, check_like, check_map, check_rank, check_weights
 
 __all__ = ["calibrate", "merge3x3", "sigmoid_gate"]
+
+_ops = getattr(torch.ops, ops_fusion.NAMESPACE)
 
 
 def merge3x3(
@@ -35,20 +37,32 @@ def merge3x3(
         gate: Logits, `[N, 1, H, W]` or `[N, Ca, 1, 1]`, or None.
         relu: ReLU on `b`. Default: False.
         residual: `[N, C, H, W]` or None.
-        backend: As in `functional.gcrb`.
+        groups: Groups of the convolution. Default: 8.
+        backend: As in `gcrb`.
 
     Returns:
-        `[N, C, H, W]`.
+        `[N, C, H, W]`. Differentiable once in every tensor.
     """
-    a, b, gate, residual = _cast(a, b, gate, residual)
-    channels, inputs = weight.shape[:2]
+    op = "merge3x3"
+    a, b, gate, residual = _widest(op, a=a, b=b, gate=gate, residual=residual)
+    n, inner, height, width = a.shape
+    check_rank(op, "weight", weight, "C, Cin / groups, 3, 3")
+    channels, inputs = weight.shape[0], inner if b is None else 2 * inner
+    check_groups(op, groups, Cin=inputs, C=channels)
+    check_weights(op, a, weight=(weight, (channels, inputs // groups, 3, 3)))
+    if b is not None:
+        check_like(op, "b", b, a.shape, a)
+    if gate is not None:
+        pixel = gate.shape[1] == 1 and gate.shape[2:] == a.shape[2:]
+        shape = (n, 1, height, width) if pixel else (n, inner, 1, 1)
+        check_like(op, "gate", gate, shape, a)
+    if residual is not None:
+        check_like(op, "residual", residual, (n, channels, height, width), a)
     # What the kernel is written for: groups of four channels out, and of four in from every map.
-    fits = channels == 4 * groups and channels % 32 == 0 and inputs in (4, 8)
-    fits = fits and a.shape[1] * (1 if b is None else 2) == inputs * groups
-    if not fits or dispatch.choose("merge3x3", backend, a) == "reference":
-        plain = dispatch.implementation("merge3x3", "reference")
-        return plain(a, b, gate, relu, weight, residual, groups)
-    return _Merge3x3.apply(a, b, gate, relu, weight, residual)
+    fits = channels == 4 * groups and channels % 32 == 0
+    fits = fits and inputs // groups in ((4,) if b is None else (4, 8))
+    backend = dispatch.choose(op, backend, a) if fits else "reference"
+    return _ops.merge3x3(a, b, gate, residual, weight, relu, groups, backend)
 
 
 def calibrate(
@@ -66,81 +80,50 @@ def calibrate(
     Args:
         base, x: `[N, C, H, W]`.
         w1, b1, w2, b2: Of m, `[M, C, 1, 1]`, `[M]`, `[C, M, 1, 1]`, `[C]`.
-        backend: As in `functional.gcrb`.
+        backend: As in `gcrb`.
+
+    Returns:
+        `[N, C, H, W]`. Differentiable once in every tensor.
     """
-    base, x = _cast(base, x)
-    if x.shape[1] % 16 or dispatch.choose("calibrate", backend, x) == "reference":
-        return dispatch.implementation("calibrate", "reference")(base, x, w1, b1, w2, b2)
-    return _Calibrate.apply(base, x, w1, b1, w2, b2)
+    op = "calibrate"
+    base, x = _widest(op, base=base, x=x)
+    check_like(op, "x", x, base.shape, base)
+    check_rank(op, "w1", w1, "M, C, 1, 1")
+    mid, channels = w1.shape[0], x.shape[1]
+    check_weights(
+        op,
+        x,
+        w1=(w1, (mid, channels, 1, 1)),
+        b1=(b1, (mid,)),
+        w2=(w2, (channels, mid, 1, 1)),
+        b2=(b2, (channels,)),
+    )
+    return _ops.calibrate(base, x, w1, b1, w2, b2, _choose(op, backend, x))[0]
 
 
 def sigmoid_gate(x: Tensor, logits: Tensor, *, backend: str = "auto") -> Tensor:
-    """`x sigmoid(logits)`, both `[N, C, H, W]`; backend as in `functional.gcrb`."""
-    x, logits = _cast(x, logits)
-    if x.shape[1] % 16 or dispatch.choose("sigmoid_gate", backend, x) == "reference":
-        return dispatch.implementation("sigmoid_gate", "reference")(x, logits)
-    return _SigmoidGate.apply(x, logits)
+    """`x sigmoid(logits)`, both `[N, C, H, W]`; backend as in `gcrb`. Differentiable once."""
+    op = "sigmoid_gate"
+    x, logits = _widest(op, x=x, logits=logits)
+    check_like(op, "logits", logits, x.shape, x)
+    return _ops.sigmoid_gate(x, logits, _choose(op, backend, x))
 
 
-def _cast(*maps: Tensor | None) -> list[Tensor | None]:
-    """Maps in the dtype of autocast, else in the widest among them."""
-    first = maps[0]
-    if torch.is_autocast_enabled(first.device.type):
-        dtype = torch.get_autocast_dtype(first.device.type)
-        if first.dtype == torch.float64:
-            dtype = first.dtype
-    else:
-        dtype = first.dtype
-        for each in maps[1:]:
-            dtype = dtype if each is None else torch.promote_types(dtype, each.dtype)
-    return [each if each is None else each.to(dtype) for each in maps]
+def _choose(op: str, backend: str, x: Tensor) -> str:
+    """The kernels take 16 channels at a time."""
+    return "reference" if x.shape[1] % 16 else dispatch.choose(op, backend, x)
 
 
-def _run(op: str, *args):
-    """A launcher of the `cpu` backend, which has been chosen."""
-    from .kernels import native
-
-    return getattr(native, f"{op}_cpu")(*args)
-
-
-class _Merge3x3(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a, b, gate, relu, weight, residual):
-        ctx.save_for_backward(a, b, gate, weight)
-        ctx.relu, ctx.added = relu, residual is not None
-        return _run("merge3x3", a, b, gate, relu, weight, residual)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        a, b, gate, weight = ctx.saved_tensors
-        grads = _run("merge3x3_backward", grad, a, b, gate, ctx.relu, weight)
-        grad_a, grad_b, grad_gate, grad_weight = grads
-        grad_b = None if b is None else grad_b
-        grad_gate = None if gate is None else grad_gate
-        return grad_a, grad_b, grad_gate, None, grad_weight, grad if ctx.added else None
-
-
-class _Calibrate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, base, x, *weights):
-        y, statistics = _run("calibrate", base, x, *weights)
-        ctx.save_for_backward(x, *weights, statistics)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return grad, *_run("calibrate_backward", grad, *ctx.saved_tensors)
-
-
-class _SigmoidGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, logits):
-        ctx.save_for_backward(x, logits)
-        return _run("sigmoid_gate", x, logits)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _run("sigmoid_gate_backward", grad, *ctx.saved_tensors)
+def _widest(op: str, **maps: Tensor | None) -> list[Tensor | None]:
+    """Maps in the widest dtype among them."""
+    dtypes = set()
+    for name, x in maps.items():
+        if x is not None:
+            check_map(op, name, x)
+            dtypes.add(x.dtype)
+    if len(dtypes) == 1:
+        return list(maps.values())
+    dtype = dtypes.pop()
+    for each in dtypes:
+        dtype = torch.promote_types(dtype, each)
+    return [x if x is None else x.to(dtype) for x in maps.values()]

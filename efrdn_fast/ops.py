@@ -259,7 +259,7 @@ def register(
         schema: Arguments and results.
         fake: Shapes, dtypes and strides of the results.
         autograd: Backward and setup of the context, where it is differentiable.
-        maps: How many leading arguments autocast casts.
+        maps: How many leading arguments autocast casts; 0: it leaves the op alone.
     """
     name = f"{NAMESPACE}::{op}"
     SCHEMAS.setdefault(op, schema)
@@ -269,10 +269,11 @@ def register(
     if autograd:
         backward, setup = autograd
         torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
+    if autograd and maps:
         overload = getattr(torch.ops.efrdn_fast, op).default
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _library.impl(op, _autocast(overload, device_type, maps), key)
-    elif op.endswith("_backward"):
+    if op.endswith("_backward"):
         torch.library.register_autograd(name, _no_double_backward(op), lib=_library)
 
 

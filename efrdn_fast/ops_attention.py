@@ -28,9 +28,9 @@ def _tensors(count: int) -> str:
 
 
 ATTENTION_SCHEMAS = {
-    "emha": "(Tensor qkv, int heads, int length, bool tf32, str backend) -> (Tensor, Tensor)",
+    "emha": "(Tensor qkv, int heads, SymInt length, bool tf32, str backend) -> (Tensor, Tensor)",
     "emha_backward": "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int heads, "
-    "int length, bool tf32, str backend) -> Tensor",
+    "SymInt length, bool tf32, str backend) -> Tensor",
     "token_qkv": f"(Tensor x, {_QKV}) -> Tensor",
     "token_qkv_backward": f"(Tensor grad, Tensor x, {_QKV}) -> {_tensors(5)}",
     "token_hidden": f"(Tensor x, Tensor a, {_HIDDEN}) -> Tensor",

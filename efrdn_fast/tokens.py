@@ -1,16 +1,15 @@
-"""3x3 patches of a map as tokens and back, in the order (tap-major) that NHWC memory gives.
-
-The two sums over patches are each other's transpose, which is what their gradients are.
-"""
+"""3x3 patches of a map as tokens and back, in the order (tap-major) that NHWC memory gives."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, ops_fusion
 
 __all__ = ["fold", "nhwc", "unfold"]
+
+_ops = getattr(torch.ops, ops_fusion.NAMESPACE)
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -20,12 +19,12 @@ def nhwc(x: Tensor) -> Tensor:
 
 def unfold(x: Tensor, backend: str = "auto") -> Tensor:
     """3x3 patches with zero padding as tokens `[N, H W, 9 C]`, tap-major."""
-    return _Unfold.apply(x, _choose("unfold", backend, x, x.shape[1]))
+    return _ops.unfold(x, _choose("unfold", backend, x, x.shape[1]))
 
 
 def fold(t: Tensor, shape: torch.Size, mean: bool, backend: str = "auto") -> Tensor:
     """Sum of the patches that meet at a pixel, or their mean; `[N, C, H, W]` in NHWC memory."""
-    y = _Fold.apply(t, shape, _choose("fold", backend, t, shape[1]))
+    y = _ops.fold(t, shape[2], shape[3], _choose("fold", backend, t, shape[1]))
     if not mean:
         return y
     return y / (_patches(y, shape[2])[:, None] * _patches(y, shape[3]))
@@ -34,28 +33,6 @@ def fold(t: Tensor, shape: torch.Size, mean: bool, backend: str = "auto") -> Ten
 def _choose(op: str, backend: str, x: Tensor, channels: int) -> str:
     """The kernel moves 16 channels at a time."""
     return "reference" if channels % 16 else dispatch.choose(op, backend, x)
-
-
-class _Unfold(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, backend: str) -> Tensor:
-        ctx.shape, ctx.backend = x.shape, backend
-        return dispatch.implementation("unfold", backend)(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _Fold.apply(grad, ctx.shape, ctx.backend), None
-
-
-class _Fold(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, t: Tensor, shape: torch.Size, backend: str) -> Tensor:
-        ctx.backend = backend
-        return dispatch.implementation("fold", backend)(t, *shape[2:])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Unfold.apply(grad, ctx.backend), None, None
 
 
 def _patches(like: Tensor, length: int) -> Tensor:

@@ -129,12 +129,12 @@ def emha_backward_cpu(*args: Any) -> Tensor:
     return _op("emha_backward_cpu")(*args)
 
 
-def merge3x3_cpu(*args: Any) -> Tensor:
-    return _op("merge3x3_cpu")(*args)
+def merge3x3_cpu(a, b, gate, residual, weight, relu, groups) -> Tensor:
+    return _op("merge3x3_cpu")(a, b, gate, relu, weight, residual)
 
 
-def merge3x3_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
-    return _op("merge3x3_backward_cpu")(*args)
+def merge3x3_backward_cpu(grad, a, b, gate, weight, relu, groups) -> tuple[Tensor, ...]:
+    return _op("merge3x3_backward_cpu")(grad, a, b, gate, relu, weight)
 
 
 def calibrate_cpu(*args: Any) -> tuple[Tensor, Tensor]:

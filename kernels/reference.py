@@ -18,6 +18,7 @@ __all__ = [
     "acrb_out",
     "conv3x3",
     "conv3x3_backward",
+    "conv_backward",
     "gcrb",
     "gcrb_backward",
     "gcrb_chain",
@@ -35,7 +36,7 @@ def nhwc_strides(y: Tensor) -> Tensor:
     return torch.empty_like(y, memory_format=torch.channels_last).copy_(y)
 
 
-def _conv_backward(
+def conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, groups: int = 1, padding: int = 0
 ) -> tuple[Tensor, Tensor]:
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -69,11 +70,11 @@ def gcrb_backward(grad_y, x, w1, b1, w2, b2, w3, b3, groups):
     a1 = F.relu(F.conv2d(x, v1, c1, groups=groups))
     a2 = F.relu(F.conv2d(a1, v2, c2, padding=1, groups=mid))
     g3 = grad_y * (F.conv2d(a2, v3, c3, groups=groups) > 0)
-    g2, grad_w3 = _conv_backward(g3, a2, v3, groups)
+    g2, grad_w3 = conv_backward(g3, a2, v3, groups)
     g2 = g2 * (a2 > 0)
-    g1, grad_w2 = _conv_backward(g2, a1, v2, mid, padding=1)
+    g1, grad_w2 = conv_backward(g2, a1, v2, mid, padding=1)
     g1 = g1 * (a1 > 0)
-    g0, grad_w1 = _conv_backward(g1, x, v1, groups)
+    g0, grad_w1 = conv_backward(g1, x, v1, groups)
     return (
         nhwc_strides(grad_y + g0),
         grad_w1.to(w1.dtype),
@@ -124,11 +125,11 @@ def gcrb_train_backward(
     g3, grad_gamma3, grad_beta3 = norm_backward(
         grad_y * (norm(z3, 2, gamma3, beta3) > 0), z3, 2, gamma3
     )
-    g2, grad_w3 = _conv_backward(g3, a2, v3, groups)
+    g2, grad_w3 = conv_backward(g3, a2, v3, groups)
     g2, grad_gamma2, grad_beta2 = norm_backward(g2 * (a2 > 0), z2, 1, gamma2)
-    g1, grad_w2 = _conv_backward(g2, a1, v2, mid, padding=1)
+    g1, grad_w2 = conv_backward(g2, a1, v2, mid, padding=1)
     g1, grad_gamma1, grad_beta1 = norm_backward(g1 * (a1 > 0), z1, 0, gamma1)
-    g0, grad_w1 = _conv_backward(g1, x, v1, groups)
+    g0, grad_w1 = conv_backward(g1, x, v1, groups)
     grads = (
         *(grad_w1, grad_gamma1, grad_beta1),
         *(grad_w2, grad_gamma2, grad_beta2),
@@ -151,7 +152,7 @@ def acrb_backward(grad_y, x, weight, bias, start):
     v, c = weight.to(x.dtype), bias.to(x.dtype)
     s = x.narrow(1, start, v.shape[0])
     g = grad_y * (F.conv2d(s, v, c, padding=1) > 0)
-    grad_s, grad_weight = _conv_backward(g, s, v, padding=1)
+    grad_s, grad_weight = conv_backward(g, s, v, padding=1)
     grad_x = torch.zeros_like(x, memory_format=torch.channels_last)
     grad_x.narrow(1, start, v.shape[0]).copy_(grad_s).add_(grad_y)
     return grad_x, grad_weight.to(weight.dtype), _channel_sum(g, bias)
@@ -173,5 +174,5 @@ def conv3x3(xs, weight, bias, residual, groups, relu, interleaved):
 
 def conv3x3_backward(grad, xs, weight, groups, interleaved):
     x, v = reference.join(xs, interleaved), weight.to(grad.dtype)
-    grad_x, grad_weight = _conv_backward(grad, x, v, groups, padding=1)
+    grad_x, grad_weight = conv_backward(grad, x, v, groups, padding=1)
     return nhwc_strides(grad_x), grad_weight.to(weight.dtype)

@@ -1,34 +1,99 @@
-"""Backend `reference` of the ops of `fusion` and `tokens`: plain PyTorch, differentiable."""
+"""Backend `reference` of the ops of `fusion` and `tokens`: plain PyTorch, NHWC memory."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ["calibrate", "fold", "merge3x3", "sigmoid_gate", "unfold"]
+from .reference import conv_backward, nhwc_strides
+
+__all__ = [
+    "calibrate",
+    "calibrate_backward",
+    "fold",
+    "merge3x3",
+    "merge3x3_backward",
+    "sigmoid_gate",
+    "sigmoid_gate_backward",
+    "unfold",
+]
 
 
-def merge3x3(a, b, gate, relu, weight, residual, groups):
+def _joined(a, b, gate, relu):
+    """`interleave(a sigmoid(gate), relu(b))`."""
     y = a if gate is None else a * torch.sigmoid(gate)
-    if b is not None:
-        b = F.relu(b) if relu else b
-        pair = y.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-        y = torch.stack(pair, dim=-1).flatten(3).permute(0, 3, 1, 2)
+    if b is None:
+        return y
+    b = F.relu(b) if relu else b
+    pair = y.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.stack(pair, dim=-1).flatten(3).permute(0, 3, 1, 2)
+
+
+def merge3x3(a, b, gate, residual, weight, relu, groups):
+    y = _joined(a, b, gate, relu)
     y = F.conv2d(y, weight.to(y.dtype), padding=1, groups=groups)
-    return y if residual is None else residual + y
+    return nhwc_strides(y if residual is None else residual + y)
+
+
+def merge3x3_backward(grad, a, b, gate, weight, relu, groups):
+    y = _joined(a, b, gate, relu)
+    grad_y, grad_weight = conv_backward(grad, y, weight.to(y.dtype), groups, padding=1)
+    grad_b, grad_gate = (a.new_empty(0, dtype=torch.float32) for _ in range(2))
+    if b is not None:
+        grad_y, grad_b = grad_y[:, 0::2], grad_y[:, 1::2]
+        grad_b = torch.ops.aten.threshold_backward(grad_b, b, 0) if relu else grad_b
+        grad_b = nhwc_strides(grad_b)
+    if gate is not None:
+        open_ = torch.sigmoid(gate)
+        grad_gate = (grad_y * a).sum_to_size(gate.shape) * open_ * (1 - open_)
+        grad_gate, grad_y = grad_gate.to(gate.dtype).contiguous(), grad_y * open_
+    return nhwc_strides(grad_y), grad_b, grad_gate, grad_weight.to(weight.dtype)
+
+
+def _gates(statistics, w1, b1, w2, b2):
+    """Hidden values `[N, 2, M]` and gates `[N, 2, C]` of the bottleneck for both statistics."""
+    hidden = F.relu(F.linear(statistics, w1.flatten(1), b1))
+    return hidden, torch.sigmoid(F.linear(hidden, w2.flatten(1), b2))
 
 
 def calibrate(base, x, w1, b1, w2, b2):
-    w1, b1, w2, b2 = (w.to(x.dtype) for w in (w1, b1, w2, b2))
-    mean = x.mean(dim=(2, 3), keepdim=True)
-    std = ((x - mean).square().mean(dim=(2, 3), keepdim=True) + 1e-6).sqrt()
-    both = torch.stack((mean, std)).flatten(2)  # [2, N, C]
-    gates = torch.sigmoid(F.linear(F.relu(F.linear(both, w1.flatten(1), b1)), w2.flatten(1), b2))
-    return base + x * gates.mean(dim=0)[:, :, None, None]
+    mean = x.mean(dim=(2, 3))
+    std = ((x - mean[:, :, None, None]).square().mean(dim=(2, 3)) + 1e-6).sqrt()
+    statistics = torch.stack((mean, std), dim=1)
+    _, gates = _gates(statistics, *(w.to(x.dtype) for w in (w1, b1, w2, b2)))
+    y = base + x * gates.mean(dim=1)[:, :, None, None]
+    return nhwc_strides(y), statistics.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def calibrate_backward(grad, x, w1, b1, w2, b2, statistics):
+    weights = [w.to(statistics.dtype) for w in (w1, b1, w2, b2)]
+    hidden, gates = _gates(statistics, *weights)
+    inner = (grad * x).sum(dim=(2, 3), dtype=statistics.dtype)[:, None] / 2
+    grad_out = inner * gates * (1 - gates)  # [N, 2, C]
+    grad_hidden = (grad_out @ weights[2].flatten(1)) * (hidden > 0)
+    grad_mean, grad_std = (grad_hidden @ weights[0].flatten(1)).unbind(1)
+    mean, std = statistics.unbind(1)
+    slope = grad_std / (std * x.shape[2] * x.shape[3])
+    offset = grad_mean / (x.shape[2] * x.shape[3]) - slope * mean
+    factors = (f.to(x.dtype)[:, :, None, None] for f in (gates.mean(dim=1), slope, offset))
+    scale, slope, offset = factors
+    grads = (
+        grad_hidden.flatten(0, 1).T @ statistics.flatten(0, 1),
+        grad_hidden.sum(dim=(0, 1)),
+        grad_out.flatten(0, 1).T @ hidden.flatten(0, 1),
+        grad_out.sum(dim=(0, 1)),
+    )
+    grads = (g.view_as(w).to(w.dtype) for g, w in zip(grads, (w1, b1, w2, b2), strict=True))
+    return nhwc_strides(grad * scale + x * slope + offset), *grads
 
 
 def sigmoid_gate(x, logits):
-    return x * torch.sigmoid(logits)
+    return nhwc_strides(x * torch.sigmoid(logits))
+
+
+def sigmoid_gate_backward(grad, x, logits):
+    open_ = torch.sigmoid(logits)
+    return nhwc_strides(grad * open_), nhwc_strides(grad * x * open_ * (1 - open_))
 
 
 def unfold(x):
@@ -45,5 +110,4 @@ def fold(t, height, width):
     for tap in range(9):
         i, j = divmod(tap, 3)
         padded[:, i : i + height, j : j + width] += t[:, :, :, tap]
-    y = padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
-    return y.contiguous(memory_format=torch.channels_last)
+    return nhwc_strides(padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2))
