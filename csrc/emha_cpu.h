@@ -43,6 +43,13 @@ inline size_t emha_forward_scratch(const EmhaArgs& a) {
 EFRDN_FAST_KERNEL(void emha_forward(const EmhaArgs& args, int64_t begin, int64_t end,
                                     float* scratch))
 
+// The same for bfloat16, by dot products of its pairs.
+#if defined(EFRDN_FAST_X86)
+namespace avx512bf16 {
+void emha_forward_bf16(const EmhaArgs& args, int64_t begin, int64_t end, float* scratch);
+}
+#endif
+
 // Gradient of the above, from the log-sum-exp: the weights of the softmax are computed again, once
 // with queries in the lanes and once with keys, so that every gradient is summed by one thread.
 struct EmhaBackwardArgs {

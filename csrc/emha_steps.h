@@ -99,37 +99,69 @@ constexpr int kMaxVectors = 2;
 #endif
 constexpr int kKeys = 5, kDims = 6;
 
-// acc[i][j] = row_i . lanes_j; lanes [dim, kQ * kLanes], rows [kCount, dim].
-template <int kCount, int kQ, class H>
-EFRDN_FAST_INLINE void products(const H& h, const float* lanes, const float* rows,
-                                V (&acc)[kCount][kQ]) {
+// Numbers are multiplied one by one as floats or, as bfloat16, in pairs of neighbours: kPair<E> of
+// them in each lane, or the same ones in every lane.
+template <class E>
+constexpr int kPair = 1;
+EFRDN_FAST_INLINE V lanes_at(const float* p) { return load(p); }
+EFRDN_FAST_INLINE V same_at(const float* p) { return set1(*p); }
+EFRDN_FAST_INLINE V multiply(V a, V b, V acc) { return fma(a, b, acc); }
+#if defined(__AVX512BF16__)
+template <>
+constexpr int kPair<Bf16> = 2;
+EFRDN_FAST_INLINE __m512i lanes_at(const Bf16* p) { return _mm512_loadu_si512(p); }
+EFRDN_FAST_INLINE __m512i same_at(const Bf16* p) {
+  int bits;
+  memcpy(&bits, p, sizeof(bits));
+  return _mm512_set1_epi32(bits);
+}
+EFRDN_FAST_INLINE V multiply(__m512i a, __m512i b, V acc) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+// acc[i][j] = row_i . lanes_j; lanes [dim, kQ * kLanes], rows [kCount, dim], dim in whole pairs.
+template <int kCount, int kQ, class H, class E>
+EFRDN_FAST_INLINE void products(const H& h, const E* lanes, const E* rows, V (&acc)[kCount][kQ]) {
   each<0, kCount>([&](auto i) EFRDN_FAST_LAMBDA {
     each<0, kQ>([&](auto j) EFRDN_FAST_LAMBDA { acc[i][j] = zero(); });
   });
-  for (int d = 0; d < h.dim(); ++d) {
-    V value[kQ];
-    each<0, kQ>([&](auto j) EFRDN_FAST_LAMBDA { value[j] = load(lanes + (d * kQ + j) * kLanes); });
+  constexpr int kWidth = kLanes * kPair<E>;
+  const int steps = (h.dim() + kPair<E> - 1) / kPair<E>;
+  for (int d = 0; d < steps; ++d) {
+    decltype(lanes_at(lanes)) value[kQ];
+    each<0, kQ>([&](auto j) EFRDN_FAST_LAMBDA {
+      value[j] = lanes_at(lanes + (d * kQ + j) * kWidth);
+    });
     each<0, kCount>([&](auto i) EFRDN_FAST_LAMBDA {
-      const V row = set1(rows[i * h.dim() + d]);
-      each<0, kQ>([&](auto j) EFRDN_FAST_LAMBDA { acc[i][j] = fma(row, value[j], acc[i][j]); });
+      const auto row = same_at(rows + (i * steps + d) * kPair<E>);
+      each<0, kQ>([&](auto j) EFRDN_FAST_LAMBDA {
+        acc[i][j] = multiply(row, value[j], acc[i][j]);
+      });
     });
   }
 }
 
-// Dims d, ..., d + kCount - 1 of out[dim, lanes] += sum over rows of rows[row, dim] p[row, lanes].
-template <int kCount, int kQ, class H>
-EFRDN_FAST_INLINE void gather(const H& h, const float* p, const float* rows, int count, int d,
+// Dims d, ..., d + kCount - 1 of out[dim, lanes] += sum over rows of rows[row, dim] p[row, lanes];
+// `count` pairs of rows.
+template <int kCount, int kQ, class H, class E>
+EFRDN_FAST_INLINE void gather(const H& h, const E* p, const E* rows, int count, int d,
                               float* out) {
   V acc[kCount][kQ];
   each<0, kCount>([&](auto i) EFRDN_FAST_LAMBDA {
     each<0, kQ>([&](auto j) EFRDN_FAST_LAMBDA { acc[i][j] = zero(); });
   });
+  constexpr int kWidth = kLanes * kPair<E>;
   for (int t = 0; t < count; ++t) {
-    V weight[kQ];
-    each<0, kQ>([&](auto j) EFRDN_FAST_LAMBDA { weight[j] = load(p + (t * kQ + j) * kLanes); });
+    decltype(lanes_at(p)) weight[kQ];
+    each<0, kQ>([&](auto j) EFRDN_FAST_LAMBDA {
+      weight[j] = lanes_at(p + (t * kQ + j) * kWidth);
+    });
     each<0, kCount>([&](auto i) EFRDN_FAST_LAMBDA {
-      const V value = set1(rows[t * h.dim() + d + i]);
-      each<0, kQ>([&](auto j) EFRDN_FAST_LAMBDA { acc[i][j] = fma(value, weight[j], acc[i][j]); });
+      const auto value = same_at(rows + (t * h.dim() + d + i) * kPair<E>);
+      each<0, kQ>([&](auto j) EFRDN_FAST_LAMBDA {
+        acc[i][j] = multiply(value, weight[j], acc[i][j]);
+      });
     });
   }
   each<0, kCount>([&](auto i) EFRDN_FAST_LAMBDA {
@@ -140,9 +172,8 @@ EFRDN_FAST_INLINE void gather(const H& h, const float* p, const float* rows, int
   });
 }
 
-template <int kQ, class H>
-EFRDN_FAST_INLINE void gather_all(const H& h, const float* p, const float* rows, int count,
-                                  float* out) {
+template <int kQ, class H, class E>
+EFRDN_FAST_INLINE void gather_all(const H& h, const E* p, const E* rows, int count, float* out) {
   const int grouped = h.dim() - h.dim() % kDims;
   for (int d = 0; d < grouped; d += kDims) gather<kDims, kQ>(h, p, rows, count, d, out);
   for (int d = grouped; d < h.dim(); ++d) gather<1, kQ>(h, p, rows, count, d, out);

@@ -13,7 +13,7 @@ Isa best_isa() {
                     __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return Isa::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
 #endif
   return Isa::kGeneric;
@@ -24,7 +24,7 @@ std::atomic<Isa>& isa() {
   return value;
 }
 
-const char* const kIsaNames[] = {"generic", "avx2", "avx512"};
+const char* const kIsaNames[] = {"generic", "avx2", "avx512", "avx512bf16"};
 
 std::string cpu_isa() { return kIsaNames[static_cast<int>(current_isa())]; }
 

@@ -20,14 +20,14 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum class Isa { kGeneric, kAvx2, kAvx512 };
+enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16 };
 
 // Instruction set in use: the best of this CPU unless use_cpu_isa set another.
 Isa current_isa();
 
 #if defined(EFRDN_FAST_X86)
 #define EFRDN_FAST_DISPATCH(kernel)                            \
-  (current_isa() == Isa::kAvx512 ? avx512::kernel              \
+  (current_isa() >= Isa::kAvx512 ? avx512::kernel              \
    : current_isa() == Isa::kAvx2 ? avx2::kernel : generic::kernel)
 #else
 #define EFRDN_FAST_DISPATCH(kernel) generic::kernel

@@ -24,13 +24,22 @@ Tensor rows(const Tensor& x) {
   return x.dim() != 3 || x.stride(2) == 1 || x.size(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
+// Bfloat16 has a kernel of its own where the CPU multiplies it.
+auto forward_kernel(Dtype dtype) {
+#if defined(EFRDN_FAST_X86)
+  if (dtype == Dtype::kBf16 && current_isa() == Isa::kAvx512Bf16)
+    return avx512bf16::emha_forward_bf16;
+#endif
+  return EFRDN_FAST_DISPATCH(emha_forward);
+}
+
 std::tuple<Tensor, Tensor> emha(Tensor qkv, int64_t heads, int64_t length, bool tf32) {
   qkv = rows(qkv);
   EmhaArgs a = arguments("emha_cpu", qkv, heads, length);
   Tensor out = torch::stable::empty({a.n, a.tokens, a.heads * a.dim}, qkv.scalar_type());
   Tensor lse = torch::stable::empty({a.n, a.heads, a.tokens}, ScalarType::Float);
   a.out = out.data_ptr(), a.lse = static_cast<float*>(lse.data_ptr());
-  const auto kernel = EFRDN_FAST_DISPATCH(emha_forward);
+  const auto kernel = forward_kernel(a.dtype);
   const size_t scratch = emha_forward_scratch(a);
   torch::stable::parallel_for(0, emha_blocks(a), 1, [&](int64_t begin, int64_t end) {
     kernel(a, begin, end, workspace(scratch));

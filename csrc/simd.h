@@ -1,8 +1,9 @@
 // Vectors of floats for the CPU kernels: AVX-512, AVX2 + FMA, or the vectors of GCC and Clang.
 //
-// Every *_cpu.cpp except ops_cpu.cpp is compiled once per instruction set with EFRDN_FAST_ISA as
-// the namespace. Only C headers are included here and there: an inline function of the C++ library
-// compiled for AVX-512 could be the copy that the linker keeps for all.
+// Every *_cpu.cpp except ops_*.cpp is compiled once per instruction set with EFRDN_FAST_ISA as the
+// namespace, *_bf16_cpu.cpp for AVX-512 with dot products of bfloat16 alone. Only C headers are
+// included here and there: an inline function of the C++ library compiled for AVX-512 could be the
+// copy that the linker keeps for all.
 #pragma once
 
 #include <stddef.h>

@@ -39,8 +39,10 @@ BUILD_SECONDS = 1800
 
 _ABI = "0x020a000000000000"  # torch 2.10
 _COMMON = ("-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
 _ISAS = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+    "avx512bf16": (*_AVX512, "-mavx512bf16"),  # of *_bf16_cpu.cpp, and nothing else for them
+    "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "generic": (),
 }
@@ -134,8 +136,9 @@ def _cpu_jobs(cxx: str) -> list[tuple[str, Path, tuple[str, ...]]]:
             jobs.append((f"{source.stem}.o", source, _binding(cxx)))
             continue
         for isa, flags in isas.items():
-            command = (*_host(cxx), "-std=c++17", f"-DEFRDN_FAST_ISA={isa}", *flags)
-            jobs.append((f"{source.stem}.{isa}.o", source, command))
+            if ("bf16" in isa) == ("_bf16_" in source.name):
+                command = (*_host(cxx), "-std=c++17", f"-DEFRDN_FAST_ISA={isa}", *flags)
+                jobs.append((f"{source.stem}.{isa}.o", source, command))
     return jobs
 
 
@@ -185,8 +188,7 @@ def plan(library: str) -> Plan:
         extra = (str(cuda.cudart),)
         versions.append(cuda.version)
     folder = _toolchain.torch_root() / "lib"
-    names = [f"-l{name}" for name in libraries]
-    link = (cxx, "-shared", "@", f"-L{folder}", *names, *extra)
+    link = (cxx, "-shared", "@", f"-L{folder}", *(f"-l{name}" for name in libraries), *extra)
     key = _key(versions, jobs)
     return Plan(library, key, tuple(jobs), link)
 

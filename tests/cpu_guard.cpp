@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "acrb_cpu.h"
+#include "emha_cpu.h"
 #include "gcrb_cpu.h"
 #include "gcrb_train_cpu.h"
 
@@ -137,6 +138,32 @@ void train(Dtype dtype, int64_t n, int64_t c, int64_t h, int64_t w, int64_t m, i
   sums(isa::train_squeeze_backward, m * cg);
 }
 
+void emha(Dtype dtype, int64_t n, int64_t tokens, int64_t heads, int64_t dim, int64_t length,
+          Side side) {
+  const size_t rows = static_cast<size_t>(n * tokens), inner = static_cast<size_t>(heads * dim);
+  const size_t size = rows * inner * element(dtype);
+  Guarded qkv(3 * size, side), out(size, side), lse(4 * rows * heads, side), grad_out(size, side),
+      grad_qkv(3 * size, side);
+  memset(qkv.get<char>(), 0, 3 * size), memset(grad_out.get<char>(), 0, size);
+  const int64_t step = 3 * heads * dim;
+  EmhaArgs a{dtype, n, tokens, heads, dim, length, qkv.get<void>(), tokens * step, step,
+             out.get<void>(), lse.get<float>()};
+  for (char value : {0x3c, 0x43}) {  // small scores, and such as need a shift
+    memset(qkv.get<char>(), value, 3 * size);
+    Guarded scratch(emha_forward_scratch(a) * 4, side, 64);
+    isa::emha_forward(a, 0, emha_blocks(a), scratch.get<float>());
+#if defined(GUARD_BF16)
+    if (dtype == Dtype::kBf16) {
+      Guarded fresh(emha_forward_scratch(a) * 4, side, 64);
+      avx512bf16::emha_forward_bf16(a, 0, emha_blocks(a), fresh.get<float>());
+    }
+#endif
+  }
+  const EmhaBackwardArgs b{a, grad_out.get<void>(), grad_qkv.get<void>()};
+  Guarded scratch(emha_backward_scratch(a) * 4, side, 64);
+  isa::emha_backward(b, 0, emha_blocks(a), scratch.get<float>());
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -159,6 +186,17 @@ int main(int argc, char** argv) {
           acrb(dtype, 1, 23, h, w, 17, 6, side);
           acrb(dtype, 1, 5, h, w, 3, 1, side);
           count += 9;
+        }
+  for (Side side : {Side::kEnd, Side::kBegin})
+    for (Dtype dtype : {Dtype::kFloat, Dtype::kBf16, Dtype::kHalf})
+      for (int64_t tokens : {1, 2, 15, 39, 41, 79, 81, 131})
+        for (int64_t dim : {1, 7, 18, 63, 64}) {
+          printf("tokens %d, dim %d, dtype %d, side %d\n", int(tokens), int(dim), int(dtype),
+                 int(side));
+          fflush(stdout);
+          emha(dtype, 2, tokens, 3, dim, 100, side);
+          emha(dtype, 1, tokens, 2, dim, (tokens + 3) / 4, side);
+          count += 2;
         }
   printf("%d cases inside their memory\n", count);
 }

@@ -104,7 +104,8 @@ def test_batch_statistics_of_a_map_far_from_zero():
 
 def test_best_instruction_set_is_taken():
     flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
-    best = "avx512" if "avx512bw" in flags else "avx2" if "avx2" in flags else None
+    needs = {"avx512bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}
+    best = next((isa for isa, flag in needs.items() if flag in flags), None)
     if not _toolchain.is_x86() or best is None:
         pytest.skip("not an x86 Linux machine with AVX2")
     assert ext().cpu_isa() == best
@@ -205,13 +206,23 @@ def test_what_would_touch_foreign_memory_is_refused(name, change, message):
 @pytest.mark.parametrize("which", ["best", "portable"])
 def test_kernels_stay_inside_their_memory(which, tmp_path):
     """Every buffer, working memory included, ends or begins at a page that cannot be touched."""
-    isa = ext().cpu_isa() if which == "best" else "generic"
+    best = ext().cpu_isa() if which == "best" else "generic"
+    isa = best.removesuffix("bf16")
     cxx = _toolchain.host_compiler()
     kernels = [p for p in sorted(CSRC.glob("*_cpu.cpp")) if not p.name.startswith("ops_")]
-    flags = ["-O1", "-std=c++17", f"-DEFRDN_FAST_ISA={isa}", f"-I{CSRC}", *_build._ISAS[isa]]
     program = tmp_path / "cpu_guard"
-    sources = [Path(__file__).parent / "cpu_guard.cpp", *kernels]
-    subprocess.run([cxx, *flags, *sources, "-o", program], check=True)
+
+    def flags(isa: str) -> list[str]:
+        return ["-O1", "-std=c++17", f"-DEFRDN_FAST_ISA={isa}", f"-I{CSRC}", *_build._ISAS[isa]]
+
+    guard = [Path(__file__).parent / "cpu_guard.cpp"]
+    if best != isa:
+        (own,) = (p for p in kernels if "_bf16_" in p.name)
+        bf16 = tmp_path / "bf16.o"
+        subprocess.run([cxx, "-c", *flags(best), own, "-o", bf16], check=True)
+        guard += [bf16, "-DGUARD_BF16"]
+    sources = [*guard, *(p for p in kernels if "_bf16_" not in p.name)]
+    subprocess.run([cxx, *flags(isa), *sources, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, f"exit {done.returncode} at: {done.stdout[-300:]}"
     assert "cases inside their memory" in done.stdout

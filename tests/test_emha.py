@@ -99,7 +99,7 @@ def test_emha_of_scores_of_1e4(target, dtype):
 
 
 @pytest.mark.usefixtures("poison_empty")
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16"])
 def test_emha_in_every_instruction_set(isa):
     """Of this machine: blocks of one, two and all vectors, widths with a rest, half precision."""
     if reason := _build.why_not("cpu"):
