@@ -64,8 +64,6 @@ Tensor gcrb(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Ten
   return y;
 }
 
-float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gcrb_backward(
     Tensor grad_y, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Tensor b3,
     int64_t groups) {

@@ -87,6 +87,8 @@ inline Tensor empty_floats(const Tensor& like, int64_t count) {
   return torch::stable::empty({count}, ScalarType::Float, std::nullopt, like.device());
 }
 
+inline float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
 inline Tensor empty_beside(const Tensor& like) {
   return torch::stable::empty(like.sizes(), like.scalar_type(), std::nullopt, like.device());
 }

@@ -50,12 +50,59 @@ struct TokenFoldParams {
   Map y;
 };
 
+// Gradients of token_qkv. As everywhere below those of the weights have their dtype, rows of tokens
+// are contiguous and those without `grad_` before their name are room for results in between.
+struct TokenQkvBackwardParams {
+  TokenQkvParams forward;  // out: not used
+  const void* grad;        // [N, H W, outer]
+  Map grad_x;
+  void *grad_gamma, *grad_beta, *grad_reduce, *grad_qkv;
+  void *inner_grad, *reduced, *scaled_grad;  // [N, H W, inner]
+  float *stats, *partial, *sums;  // token_stats_floats, .._partial_floats, .._sums_floats
+};
+
+struct TokenHiddenBackwardParams {
+  TokenHiddenParams forward;  // h: the forward's result
+  const void* grad;           // [N, H W, hidden]
+  Map grad_x;
+  void* grad_a;  // [N, H W, width]
+  void *grad_proj_weight, *grad_proj_bias, *grad_gamma, *grad_beta, *grad_fc1_weight;
+  void* grad_fc1_bias;
+  void *masked_grad, *scaled_grad, *scaled_a;  // [N, H W, hidden], the same, [N, H W, width]
+  float *stats, *partial, *sums;
+};
+
+struct TokenFoldBackwardParams {
+  TokenMap map;  // x: the gradient of y
+  bool mean;
+  int width, hidden;
+  const void *a, *h, *proj_weight, *fc2_weight;
+  Map grad_x;
+  void *grad_a, *grad_h;  // [N, H W, width], [N, H W, hidden]
+  void *grad_proj_weight, *grad_proj_bias, *grad_fc2_weight, *grad_fc2_bias;
+  Map shared;  // with `mean` a map like grad_x
+  float* partial;
+};
+
+int64_t token_stats_floats(const TokenMap& map);
+// width: rows of the matrix behind the LayerNorm.
+int64_t token_sums_floats(const TokenMap& map, int64_t width);
+int64_t token_qkv_partial_floats(const TokenQkvParams& params);
+int64_t token_hidden_partial_floats(const TokenHiddenParams& params);
+int64_t token_fold_partial_floats(const TokenFoldBackwardParams& params);
+
 // Bytes of shared memory for tokens of 9 c values and a second matrix of `width` values a token.
 int64_t token_shared_bytes(Dtype dtype, int64_t c, int64_t width);
+int64_t token_qkv_bwd_shared_bytes(const TokenQkvParams& params);
+int64_t token_hidden_bwd_shared_bytes(const TokenHiddenParams& params);
+int64_t token_fold_bwd_shared_bytes(const TokenFoldBackwardParams& params);
 constexpr int64_t kTokenMaxSharedBytes = 90 << 10;
 
 cudaError_t launch_token_qkv_fwd(const TokenQkvParams& params, cudaStream_t stream);
 cudaError_t launch_token_hidden_fwd(const TokenHiddenParams& params, cudaStream_t stream);
 cudaError_t launch_token_fold_fwd(const TokenFoldParams& params, cudaStream_t stream);
+cudaError_t launch_token_qkv_bwd(const TokenQkvBackwardParams& params, cudaStream_t stream);
+cudaError_t launch_token_hidden_bwd(const TokenHiddenBackwardParams& params, cudaStream_t stream);
+cudaError_t launch_token_fold_bwd(const TokenFoldBackwardParams& params, cudaStream_t stream);
 
 }  // namespace efrdn_fast

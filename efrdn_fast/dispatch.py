@@ -137,9 +137,9 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
     },
     **{op: _row(op, "emha", BOTH, ATTENTION) for op in ("emha", "emha_backward")},
     **{
-        op + suffix: _row(op + suffix, "transformer", native, ATTENTION)
+        op + suffix: _row(op + suffix, "transformer", ("cuda",), ATTENTION)
         for op in ("token_qkv", "token_hidden", "token_fold")
-        for suffix, native in (("", ("cuda",)), ("_backward", ()))
+        for suffix in ("", "_backward")
     },
 }
 

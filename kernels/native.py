@@ -42,8 +42,11 @@ __all__ = [
     "merge3x3_cpu",
     "sigmoid_gate_backward_cpu",
     "sigmoid_gate_cpu",
+    "token_fold_backward_cuda",
     "token_fold_cuda",
+    "token_hidden_backward_cuda",
     "token_hidden_cuda",
+    "token_qkv_backward_cuda",
     "token_qkv_cuda",
     "unfold_cpu",
 ]
@@ -179,3 +182,15 @@ def token_hidden_cuda(*args: Any) -> Tensor:
 
 def token_fold_cuda(*args: Any) -> Tensor:
     return _op("token_fold_cuda")(*args)
+
+
+def token_qkv_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    return _op("token_qkv_backward_cuda")(*args)
+
+
+def token_hidden_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    return _op("token_hidden_backward_cuda")(*args)
+
+
+def token_fold_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    return _op("token_fold_backward_cuda")(*args)

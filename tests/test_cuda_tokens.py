@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from efrdn_fast import reference, testing
@@ -39,18 +42,89 @@ def tokens(shape, width: int, dtype: torch.dtype, seed: int) -> Tensor:
     return draw(n, h * w, width, seed=seed, dtype=dtype)
 
 
-def run(op: str, arrays: dict, x: Tensor, out: Tensor, options: str, **numbers: int) -> Tensor:
+def launch(
+    op: str, arrays: dict, x: Tensor, outs: dict[str, Tensor], options: str, **numbers: int
+) -> dict[str, Tensor]:
+    """`outs` as the kernels left them, the same in two orders of the threads."""
     n, c, h, w = x.shape
     numbers |= {"N": n, "C": c, "H": h, "W": w, "tf32": "tf32" in options}
-    arrays = {"x": x, "out": out, **arrays}
-    first, second = (simt.run(op, arrays, numbers, order)["out"] for order in ("forward", "5"))
-    assert torch.equal(first, second)
-    return first
+    arrays = {"x": x, **arrays, **outs}
+    first, second = (simt.run(op, arrays, numbers, order) for order in ("forward", "5"))
+    for name in outs:
+        assert torch.equal(first[name], second[name]), name
+    return {name: first[name] for name in outs}
+
+
+def run(op: str, arrays: dict, x: Tensor, out: Tensor, options: str, **numbers: int) -> Tensor:
+    return launch(op, arrays, x, {"out": out}, options, **numbers)["out"]
+
+
+def assert_gradients(
+    op: str,
+    arrays: dict,
+    args: dict[str, Tensor],
+    options: str,
+    exact: Callable,
+    grad: Tensor,
+    **numbers: int,
+) -> None:
+    """Launch a backward op; compare the gradients of all `args`, the first being the map x."""
+    outs = {f"grad_{name}": poison(value) for name, value in args.items()}
+    x = args["x"]
+    grads = launch(op, arrays, x if grad.dim() == 3 else grad, outs, options, **numbers)
+    expected = testing.gradients(exact, grad)
+    values = [value.contiguous() for value in args.values()]
+    testing.assert_close_to_reference(
+        tuple(grads.values()), expected, values, dtype=x.dtype, tf32="tf32" in options
+    )
+
+
+def poison(value: Tensor) -> Tensor:
+    """NaN of the shape of a weight, of contiguous tokens or of a map in NHWC memory."""
+    out = torch.full(value.shape, torch.nan, dtype=value.dtype)
+    return out.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else out
 
 
 def norm_weights(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     gamma = 1 + 0.2 * draw(9 * channels, seed=3)
     return gamma.to(dtype), draw(9 * channels, seed=4, dtype=dtype)
+
+
+def qkv_weights(c: int, inner: int, outer: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    gamma, beta = norm_weights(c, dtype)
+    reduce = draw(inner, 9 * c, seed=5, dtype=dtype)
+    return {
+        "gamma": gamma,
+        "beta": beta,
+        "reduce": reduce,
+        "qkv": draw(outer, inner, seed=6, dtype=dtype),
+    }
+
+
+def as_arrays(qkv: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of the runner: the matrix on tokens is `proj_weight` in all ops."""
+    return {"proj_weight" if name == "reduce" else name: value for name, value in qkv.items()}
+
+
+def hidden_weights(c: int, width: int, hidden: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    gamma, beta = norm_weights(c, dtype)
+    return {
+        "proj_weight": draw(9 * c, width, seed=5, dtype=dtype),
+        "proj_bias": draw(9 * c, seed=6, dtype=dtype),
+        "gamma": gamma,
+        "beta": beta,
+        "fc1_weight": draw(hidden, 9 * c, seed=7, dtype=dtype),
+        "fc1_bias": draw(hidden, seed=8, dtype=dtype),
+    }
+
+
+def fold_weights(c: int, width: int, hidden: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        "proj_weight": draw(9 * c, width, seed=5, dtype=dtype),
+        "proj_bias": draw(9 * c, seed=6, dtype=dtype),
+        "fc2_weight": draw(9 * c, hidden, seed=7, dtype=dtype),
+        "fc2_bias": draw(9 * c, seed=8, dtype=dtype),
+    }
 
 
 @case
@@ -59,15 +133,11 @@ def test_token_qkv(shape, width, dtype, layout, options):
     weight_dtype = FP16 if "half" in options else FP32
     x = testing.make_input(shape, dtype, layout=layout)
     x += 3  # a mean as large as the paper's images have
-    gamma, beta = norm_weights(c, weight_dtype)
-    reduce, qkv = (
-        draw(width, 9 * c, seed=5, dtype=weight_dtype),
-        draw(3 * width, width, seed=6, dtype=weight_dtype),
-    )
-    arrays = {"gamma": gamma, "beta": beta, "proj_weight": reduce, "qkv": qkv}
+    weights = qkv_weights(c, width, 3 * width, weight_dtype)
     out = torch.full((n, h * w, 3 * width), torch.nan, dtype=dtype)
-    out = run("token_qkv", arrays, x, out, options, inner=width, outer=3 * width)
-    args = [x, gamma, beta, reduce, qkv]
+    numbers = {"inner": width, "outer": 3 * width}
+    out = run("token_qkv", as_arrays(weights), x, out, options, **numbers)
+    args = [x, *weights.values()]
     testing.assert_close_to_reference(out, reference.token_qkv, args, tf32="tf32" in options)
 
 
@@ -77,16 +147,8 @@ def test_token_hidden(shape, width, dtype, layout, options):
     weight_dtype = FP16 if "half" in options else FP32
     x = testing.make_input(shape, dtype, layout=layout)
     a = simt.between_nan(tokens(shape, width, dtype, seed=1))
-    gamma, beta = norm_weights(c, weight_dtype)
     hidden = width + 3
-    named = {
-        "proj_weight": draw(9 * c, width, seed=5, dtype=weight_dtype),
-        "proj_bias": draw(9 * c, seed=6, dtype=weight_dtype),
-        "gamma": gamma,
-        "beta": beta,
-        "fc1_weight": draw(hidden, 9 * c, seed=7, dtype=weight_dtype),
-        "fc1_bias": draw(hidden, seed=8, dtype=weight_dtype),
-    }
+    named = hidden_weights(c, width, hidden, weight_dtype)
     numbers = {"width": width, "hidden": hidden}
     numbers |= {"a_stride_n": a.stride(0), "a_stride_t": a.stride(1)}
     out = torch.full((n, h * w, hidden), torch.nan, dtype=dtype)
@@ -102,12 +164,7 @@ def test_token_fold(shape, width, dtype, layout, options):
     x = testing.make_input(shape, dtype, layout=layout)
     hidden = width + 8
     a, hid = (tokens(shape, k, dtype, seed=s) for k, s in ((width, 1), (hidden, 2)))
-    named = {
-        "proj_weight": draw(9 * c, width, seed=5, dtype=weight_dtype),
-        "proj_bias": draw(9 * c, seed=6, dtype=weight_dtype),
-        "fc2_weight": draw(9 * c, hidden, seed=7, dtype=weight_dtype),
-        "fc2_bias": draw(9 * c, seed=8, dtype=weight_dtype),
-    }
+    named = fold_weights(c, width, hidden, weight_dtype)
     mean = "sum" not in options
 
     def as_map(values: Tensor) -> Tensor:
@@ -123,3 +180,68 @@ def test_token_fold(shape, width, dtype, layout, options):
 
     args = [x, a, hid, *named.values()]
     testing.assert_close_to_reference(out, exact, args, tf32="tf32" in options)
+
+
+BACKWARD_CASES = [
+    *CASES,
+    pytest.param((1, 3, 2, 3), 170, FP16, "channels_last", "", id="2x3-C3-wide-fp16"),
+    pytest.param((1, 33, 2, 17), 5, FP32, "channels_last", "", id="2x17-C33"),
+    pytest.param((1, 1, 43, 49), 3, FP32, "channels_last", "", id="43x49-C1-chunks"),
+]
+backward_case = pytest.mark.parametrize(
+    ("shape", "width", "dtype", "layout", "options"), BACKWARD_CASES
+)
+
+
+@backward_case
+def test_token_qkv_backward(shape, width, dtype, layout, options):
+    c = shape[1]
+    weight_dtype = FP16 if "half" in options else FP32
+    x = testing.make_input(shape, dtype, layout=layout)
+    x += 3
+    outer = 2 * width + 1
+    weights = qkv_weights(c, width, outer, weight_dtype)
+    grad = tokens(shape, outer, dtype, seed=7)
+    args, arrays = {"x": x, **weights}, {"grad": grad, **as_arrays(weights)}
+    numbers = {"inner": width, "outer": outer}
+    assert_gradients("token_qkv_bwd", arrays, args, options, reference.token_qkv, grad, **numbers)
+
+
+@backward_case
+def test_token_hidden_backward(shape, width, dtype, layout, options):
+    c = shape[1]
+    weight_dtype = FP16 if "half" in options else FP32
+    x = testing.make_input(shape, dtype, layout=layout)
+    x += 3
+    hidden = width + 3
+    weights = hidden_weights(c, width, hidden, weight_dtype)
+    args = {"x": x, "a": tokens(shape, width, dtype, seed=1), **weights}
+    grad, out = (tokens(shape, hidden, dtype, seed=s) for s in (2, 9))
+    out = out.relu()  # whose sign decides, whatever the forward would give
+
+    def exact(x, a, proj_weight, proj_bias, gamma, beta, fc1_weight, fc1_bias):
+        t = reference.unfold(x) + F.linear(a, proj_weight, proj_bias)
+        t = F.layer_norm(t, gamma.shape, gamma, beta, 1e-5)
+        return F.linear(t, fc1_weight, fc1_bias) * (out > 0)
+
+    arrays = {"a": args["a"], **weights, "grad": grad, "out": out}
+    numbers = {"width": width, "hidden": hidden, "a_stride_n": 0, "a_stride_t": 0}
+    assert_gradients("token_hidden_bwd", arrays, args, options, exact, grad, **numbers)
+
+
+@backward_case
+def test_token_fold_backward(shape, width, dtype, layout, options):
+    c = shape[1]
+    weight_dtype = FP16 if "half" in options else FP32
+    hidden, mean = width + 8, "sum" not in options
+    weights = fold_weights(c, width, hidden, weight_dtype)
+    rows = {"a": tokens(shape, width, dtype, seed=1), "h": tokens(shape, hidden, dtype, seed=2)}
+    grad = testing.make_input(shape, dtype, layout=layout)
+    args = {"x": testing.make_input(shape, dtype, seed=1), **rows, **weights}
+
+    def exact(*args):
+        return reference.token_fold(*args, mean=mean)
+
+    arrays = {**rows, **weights}  # the map is the gradient: the op does not need x
+    numbers = {"width": width, "hidden": hidden, "mean": mean}
+    assert_gradients("token_fold_bwd", arrays, args, options, exact, grad, **numbers)

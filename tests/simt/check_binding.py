@@ -210,6 +210,15 @@ def check_emha() -> None:
     )
 
 
+def check_gradients(grads: tuple, exact: Callable, grad: Tensor, args: list[Tensor]) -> None:
+    """Also that they have the dtypes of their arguments and NHWC memory or none between values."""
+    assert is_nhwc(grads[0])
+    assert all(g.is_contiguous() for g in grads[1:])
+    assert [g.dtype for g in grads] == [a.dtype for a in args]
+    args = [args[0], *(a.contiguous() for a in args[1:])]
+    testing.assert_close_to_reference(grads, testing.gradients(exact, grad), args)
+
+
 def check_tokens() -> None:
     c, width, hidden = 5, 10, 7
     gamma, beta = 1 + draw(9 * c).mul_(0.2), draw(9 * c, seed=1)
@@ -223,30 +232,48 @@ def check_tokens() -> None:
             out = ext.token_qkv_cuda(x, gamma, beta, reduce, qkv, 1e-5, False)
             args = [x, gamma, beta, reduce, qkv]
             testing.assert_close_to_reference(out, reference.token_qkv, args)
+            grad = draw(12, 2, 3 * width, seed=10).to(dtype).transpose(0, 1)
+            grads = ext.token_qkv_backward_cuda(grad, *args, 1e-5, False)
+            check_gradients(grads, reference.token_qkv, grad, args)
             a = draw(12, 2, 2 * width, seed=9).to(dtype).transpose(0, 1)[..., ::2]
             args = [x, a, proj, offset, gamma, beta, fc1, offset1]
             h = ext.token_hidden_cuda(*args, 1e-5, False)
             testing.assert_close_to_reference(h, reference.token_hidden, args)
+            grad = draw(2, 12, hidden, seed=11).to(dtype)
+            grads = ext.token_hidden_backward_cuda(grad, x, a, h, *args[2:], 1e-5, False)
+            check_gradients(grads, reference.token_hidden, grad, args)
             args = [x, a, h, proj, offset, fc2, offset]
             for mean in (False, True):
                 y = ext.token_fold_cuda(*args, mean, False)
                 assert is_nhwc(y)
                 exact = functools.partial(reference.token_fold, mean=mean)
                 testing.assert_close_to_reference(y, exact, args)
+                grad = testing.make_input(x.shape, dtype, layout=layout, seed=12)
+                grads = ext.token_fold_backward_cuda(grad, *args[1:], mean, False)
+                check_gradients(grads, exact, grad, args)
+    # weights that are not contiguous and of two dtypes
+    odd = [gamma.half(), beta, reduce.T.contiguous().T, qkv.half()]
+    grad = draw(2, 12, 3 * width).to(dtype)
+    grads = ext.token_qkv_backward_cuda(grad, x, *odd, 1e-5, False)
+    check_gradients(grads, reference.token_qkv, grad, [x, *odd])
+    wrong = grad[..., 1:]
+    expect_error("grad must have 30", ext.token_qkv_backward_cuda, wrong, x, *odd, 1e-5, False)
     expect_error("gamma must have 45", ext.token_qkv_cuda, x, fc1, *args[1:4], 1e-5, False)
     wide = x.repeat(1, 20, 1, 1)
     norm = torch.ones(900, dtype=dtype)
     matrices = torch.ones(9, 900, dtype=dtype), torch.ones(9, 9, dtype=dtype)
-    expect_error(
-        "do not fit into shared memory",
-        ext.token_qkv_cuda,
-        wide,
-        norm,
-        norm,
-        *matrices,
-        1e-5,
-        False,
-    )
+    for op, given in ((ext.token_qkv_cuda, ()), (ext.token_qkv_backward_cuda, (grad[..., :9],))):
+        expect_error(
+            "do not fit into shared memory",
+            op,
+            *given,
+            wide,
+            norm,
+            norm,
+            *matrices,
+            1e-5,
+            False,
+        )
     expect_error(
         "a must be [N, H W, width]",
         ext.token_fold_cuda,

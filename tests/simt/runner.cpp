@@ -178,7 +178,7 @@ efrdn_fast::TokenMap token_map(const Case& c) {
           c.number("W"), static_cast<int>(c.number("C")), c.map("x"),    c.dtype("proj_weight")};
 }
 
-cudaError_t token_qkv(const Case& c) {
+efrdn_fast::TokenQkvParams token_qkv_params(const Case& c) {
   efrdn_fast::TokenQkvParams p{};
   p.map = token_map(c);
   p.eps = 1e-5f;
@@ -189,10 +189,43 @@ cudaError_t token_qkv(const Case& c) {
   p.reduce = c.data("proj_weight");
   p.qkv = c.data("qkv");
   p.out = c.data("out");
-  return efrdn_fast::launch_token_qkv_fwd(p, nullptr);
+  return p;
 }
 
-cudaError_t token_hidden(const Case& c) {
+cudaError_t token_qkv(const Case& c) {
+  return efrdn_fast::launch_token_qkv_fwd(token_qkv_params(c), nullptr);
+}
+
+simt::Buffer token_rows(const Case& c, const char* width) {
+  const int64_t size = c.dtype("x") == Dtype::kFloat ? 4 : 2;
+  return simt::Buffer(c.number("N") * c.number("H") * c.number("W") * c.number(width) * size);
+}
+
+cudaError_t token_qkv_bwd(const Case& c) {
+  efrdn_fast::TokenQkvBackwardParams p{};
+  p.forward = token_qkv_params(c);
+  p.grad = c.data("grad");
+  p.grad_x = c.map("grad_x");
+  p.grad_gamma = c.data("grad_gamma");
+  p.grad_beta = c.data("grad_beta");
+  p.grad_reduce = c.data("grad_reduce");
+  p.grad_qkv = c.data("grad_qkv");
+  const simt::Buffer inner = token_rows(c, "inner"), reduced = token_rows(c, "inner");
+  const simt::Buffer scaled = token_rows(c, "inner");
+  p.inner_grad = inner.data();
+  p.reduced = reduced.data();
+  p.scaled_grad = scaled.data();
+  const efrdn_fast::TokenMap& map = p.forward.map;
+  const simt::Buffer stats(efrdn_fast::token_stats_floats(map) * sizeof(float));
+  const simt::Buffer sums(efrdn_fast::token_sums_floats(map, p.forward.inner) * sizeof(float));
+  const simt::Buffer partial(efrdn_fast::token_qkv_partial_floats(p.forward) * sizeof(float));
+  p.stats = floats(stats);
+  p.sums = floats(sums);
+  p.partial = floats(partial);
+  return efrdn_fast::launch_token_qkv_bwd(p, nullptr);
+}
+
+efrdn_fast::TokenHiddenParams token_hidden_params(const Case& c) {
   efrdn_fast::TokenHiddenParams p{};
   p.map = token_map(c);
   p.eps = 1e-5f;
@@ -208,7 +241,38 @@ cudaError_t token_hidden(const Case& c) {
   p.fc1_weight = c.data("fc1_weight");
   p.fc1_bias = c.data("fc1_bias");
   p.h = c.data("out");
-  return efrdn_fast::launch_token_hidden_fwd(p, nullptr);
+  return p;
+}
+
+cudaError_t token_hidden(const Case& c) {
+  return efrdn_fast::launch_token_hidden_fwd(token_hidden_params(c), nullptr);
+}
+
+cudaError_t token_hidden_bwd(const Case& c) {
+  efrdn_fast::TokenHiddenBackwardParams p{};
+  p.forward = token_hidden_params(c);
+  p.grad = c.data("grad");
+  p.grad_x = c.map("grad_x");
+  p.grad_a = c.data("grad_a");
+  p.grad_proj_weight = c.data("grad_proj_weight");
+  p.grad_proj_bias = c.data("grad_proj_bias");
+  p.grad_gamma = c.data("grad_gamma");
+  p.grad_beta = c.data("grad_beta");
+  p.grad_fc1_weight = c.data("grad_fc1_weight");
+  p.grad_fc1_bias = c.data("grad_fc1_bias");
+  const simt::Buffer masked = token_rows(c, "hidden"), scaled = token_rows(c, "hidden");
+  const simt::Buffer scaled_a = token_rows(c, "width");
+  p.masked_grad = masked.data();
+  p.scaled_grad = scaled.data();
+  p.scaled_a = scaled_a.data();
+  const efrdn_fast::TokenMap& map = p.forward.map;
+  const simt::Buffer stats(efrdn_fast::token_stats_floats(map) * sizeof(float));
+  const simt::Buffer sums(efrdn_fast::token_sums_floats(map, p.forward.hidden) * sizeof(float));
+  const simt::Buffer partial(efrdn_fast::token_hidden_partial_floats(p.forward) * sizeof(float));
+  p.stats = floats(stats);
+  p.sums = floats(sums);
+  p.partial = floats(partial);
+  return efrdn_fast::launch_token_hidden_bwd(p, nullptr);
 }
 
 cudaError_t token_fold(const Case& c) {
@@ -225,6 +289,31 @@ cudaError_t token_fold(const Case& c) {
   p.fc2_bias = c.data("fc2_bias");
   p.y = c.map("out");
   return efrdn_fast::launch_token_fold_fwd(p, nullptr);
+}
+
+cudaError_t token_fold_bwd(const Case& c) {
+  efrdn_fast::TokenFoldBackwardParams p{};
+  p.map = token_map(c);
+  p.mean = c.number("mean") != 0;
+  p.width = static_cast<int>(c.number("width"));
+  p.hidden = static_cast<int>(c.number("hidden"));
+  p.a = c.data("a");
+  p.h = c.data("h");
+  p.proj_weight = c.data("proj_weight");
+  p.fc2_weight = c.data("fc2_weight");
+  p.grad_x = c.map("grad_x");
+  p.grad_a = c.data("grad_a");
+  p.grad_h = c.data("grad_h");
+  p.grad_proj_weight = c.data("grad_proj_weight");
+  p.grad_proj_bias = c.data("grad_proj_bias");
+  p.grad_fc2_weight = c.data("grad_fc2_weight");
+  p.grad_fc2_bias = c.data("grad_fc2_bias");
+  const simt::Buffer shared = token_rows(c, "C");
+  const int64_t c_count = p.map.c;
+  p.shared = {shared.data(), p.map.h * p.map.w * c_count, p.map.w * c_count, c_count};
+  const simt::Buffer partial(efrdn_fast::token_fold_partial_floats(p) * sizeof(float));
+  p.partial = floats(partial);
+  return efrdn_fast::launch_token_fold_bwd(p, nullptr);
 }
 
 cudaError_t reduce_rows(const Case& c) {
@@ -249,7 +338,8 @@ const struct {
             {"conv3x3_fwd", conv3x3_fwd}, {"emha_fwd", emha_fwd},
             {"emha_bwd", emha_bwd},       {"token_qkv", token_qkv},
             {"token_hidden", token_hidden}, {"token_fold", token_fold},
-            {"reduce_rows", reduce_rows}};
+            {"token_qkv_bwd", token_qkv_bwd}, {"token_hidden_bwd", token_hidden_bwd},
+            {"token_fold_bwd", token_fold_bwd}, {"reduce_rows", reduce_rows}};
 
 }  // namespace
 
