@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.harness.work import Work, work_of
 from efrdn_fast import cases, dispatch, ops, reference
 
+__all__ = ["BASELINE", "CASES", "bench_acrb", "names", "work"]
+
+BASELINE = "folded"
 CASES = cases.ACRB_BENCH
-__all__ = ["CASES", "bench_acrb", "names"]
 
 
 def names(device: torch.device, full: bool) -> list[str]:
@@ -58,10 +61,15 @@ def make(args: list, full: bool, device: torch.device) -> dict[str, Callable[[],
     return calls
 
 
+def work(case: cases.AcrbCase, dtype: torch.dtype) -> Work:
+    """Least work of a case: the slice is read in place, d channels and not all beside them."""
+    n, _, height, width = case.shape
+    _, weight, bias, _ = case.args(dtype, "meta")
+    moved = 2 * n * case.width * height * width * dtype.itemsize + weight.nbytes + bias.nbytes
+    return work_of(case, dtype, moved)
+
+
 def bench_acrb(bench, harness, case, dtype, variant):
     args = case.args(dtype, harness.device)
-    n, _, height, width = case.shape
-    # The slice is read in place: 2 d channels move, not all that lie beside them.
-    moved = 2 * n * case.width * height * width * dtype.itemsize + args[1].nbytes + args[2].nbytes
     calls = lambda: make(args, harness.full, harness.device)  # noqa: E731
-    bench("acrb", case, dtype, variant, calls, args, moved)
+    bench("acrb", case, dtype, variant, calls, args, work(case, dtype))

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from bench.harness.work import Work, work_of
 from efrdn_fast import cases, dispatch, ops, reference
 
+__all__ = ["BASELINE", "CASES", "bench_conv3x3", "names", "work"]
+
+BASELINE = "folded"
 CASES = cases.CONV3X3_BENCH
-__all__ = ["CASES", "bench_conv3x3", "names"]
 
 
 def names(device: torch.device, full: bool) -> list[str]:
@@ -61,6 +64,12 @@ def make(args: list, full: bool, device: torch.device) -> dict[str, Callable[[],
     return calls
 
 
+def work(case: cases.Conv3x3Case, dtype: torch.dtype) -> Work:
+    """Least work of a case."""
+    return work_of(case, dtype)
+
+
 def bench_conv3x3(bench, harness, case, dtype, variant):
     args = case.args(dtype, harness.device)
-    bench("conv3x3", case, dtype, variant, lambda: make(args, harness.full, harness.device), args)
+    calls = lambda: make(args, harness.full, harness.device)  # noqa: E731
+    bench("conv3x3", case, dtype, variant, calls, args, work(case, dtype))

@@ -19,7 +19,7 @@ from bench.harness.work import Work, largest_error
 from efrdn_fast import dispatch, ops_attention, reference
 from efrdn_fast.cases_attention import EmhaCase, attention_rows
 
-__all__ = ["BASELINE", "SIZES", "bench_emha", "cases_of", "names"]
+__all__ = ["BASELINE", "SIZES", "bench_emha", "cases_of", "names", "work"]
 
 BASELINE = "sdpa"
 SIZES = ((64, 64), (96, 96), (160, 90), (320, 180), (480, 270), (960, 540))
@@ -84,6 +84,14 @@ def makers(args: tuple, device: torch.device, full: bool) -> dict[str, Callable[
     return made
 
 
+def work(case: EmhaCase, dtype: torch.dtype) -> Work:
+    """Least work of a case: qkv in, result out."""
+    whole, rest = divmod(case.tokens, case.length)
+    exps = case.batch * case.heads * (whole * case.length**2 + rest**2)
+    moved = 4 * case.batch * case.tokens * case.heads * case.dim * dtype.itemsize
+    return Work(4 * case.dim * exps, exps, moved)
+
+
 def subject(case: EmhaCase, dtype: torch.dtype, session: Session) -> Subject:
     args = case.args(dtype, session.device)
     qkv, heads, length, _ = args
@@ -96,9 +104,7 @@ def subject(case: EmhaCase, dtype: torch.dtype, session: Session) -> Subject:
     def check(name: str, out: Tensor) -> float:
         return largest_error(name, out[:, rows.to(out.device)], *exact())
 
-    whole, rest = divmod(case.tokens, length)
-    exps = case.batch * heads * (whole * length**2 + rest**2)
-    moved = qkv.numel() * qkv.element_size() * 4 // 3
+    least = work(case, dtype)
     return Subject(
         "emha",
         str(case),
@@ -106,12 +112,11 @@ def subject(case: EmhaCase, dtype: torch.dtype, session: Session) -> Subject:
         check,
         BASELINE,
         lambda name: str(dtype).removeprefix("torch."),
-        Work(4 * case.dim * exps, exps, moved),
-        at=Point(case.batch * case.tokens, exps),
+        lambda name: least,
+        at=Point(case.batch * case.tokens, least.exps),
         series=f"{dtype}-{'576' if length == 576 else '4'}",
     )
 
 
 def bench_emha(compare, harness, case, dtype, variant):
-    if harness.wants(variant, BASELINE):
-        compare(("emha", case, dtype), lambda: subject(case, dtype, harness), variant)
+    compare(("emha", case, dtype), lambda: subject(case, dtype, harness), variant)

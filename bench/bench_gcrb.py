@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.harness.work import Work, work_of
 from efrdn_fast import cases, dispatch, ops, reference
 
+__all__ = ["BASELINE", "CASES", "bench_gcrb", "names", "work"]
+
+BASELINE = "folded"
 CASES = cases.GCRB_BENCH
-__all__ = ["CASES", "bench_gcrb", "names"]
 
 
 def names(device: torch.device, full: bool) -> list[str]:
@@ -60,6 +63,12 @@ def make(args: list, full: bool, device: torch.device) -> dict[str, Callable[[],
     return calls
 
 
+def work(case: cases.GcrbCase, dtype: torch.dtype) -> Work:
+    """Least work of a case."""
+    return work_of(case, dtype)
+
+
 def bench_gcrb(bench, harness, case, dtype, variant):
     args = case.args(dtype, harness.device)
-    bench("gcrb", case, dtype, variant, lambda: make(args, harness.full, harness.device), args)
+    calls = lambda: make(args, harness.full, harness.device)  # noqa: E731
+    bench("gcrb", case, dtype, variant, calls, args, work(case, dtype))

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.groups import groups
 from bench.harness.model import Point
 from bench.harness.session import ERRORS, Call, NotRun, Session, Subject
+from bench.harness.work import Work
 from bench.rungs import BASELINE, RUNGS
 from efrdn_fast import EFRDN
-from efrdn_fast.counts import count
+from efrdn_fast.counts import Cost, count
+from efrdn_fast.device import HALF
 from efrdn_fast.reference import emha_sdpa
 
-__all__ = ["NetworkCase", "bench_network", "cases_of", "names", "network"]
+__all__ = ["BASELINE", "NetworkCase", "bench_network", "cases_of", "names", "network"]
 
 SIZES = ((64, 64), (96, 96), (128, 128), (320, 180), (480, 270), (960, 540))
 """Width, height of LR images."""
@@ -101,10 +104,18 @@ def subject(case: NetworkCase, session: Session) -> Subject:
         check,
         BASELINE,
         lambda name: RUNGS[name].dtype,
+        lambda name: _work(cost, case.batch, RUNGS[name].dtype),
         at=Point(case.batch * case.width * case.height, case.batch * cost.exps),
         series=f"x{case.scale}",
         modes=("warm", "graph") if device.type == "cuda" else ("warm",),
     )
+
+
+def _work(cost: Cost, batch: int, dtype: str) -> Work:
+    """Least work when every block is one kernel, which reads its parameters for every image."""
+    element = 2 if dtype in HALF else 4
+    moved = batch * element * sum(group.elements for group in groups(cost))
+    return Work(2 * batch * cost.total, batch * cost.exps, moved)
 
 
 def _maker(name: str, net: EFRDN, x: Tensor) -> Callable[[], Call]:
@@ -126,6 +137,4 @@ def _maker(name: str, net: EFRDN, x: Tensor) -> Callable[[], Call]:
 
 
 def bench_network(compare, harness, case, variant):
-    if not harness.wants(variant, BASELINE):
-        return
     compare(("network", case), lambda: subject(case, harness), variant)

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from bench.harness import provenance, summary
+from bench.harness import collect, provenance, summary
 from bench.harness.session import Session, Subject
-from bench.harness.work import counted, largest_error
-from efrdn_fast import dispatch
+from efrdn_fast.device import resolve_device
 
-BASELINE = "folded"
 SESSION = pytest.StashKey[Session]()
+KNOWN = pytest.StashKey[set[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,8 +41,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for name in ("seconds", "cap"):
+        if not config.getoption(name) > 0:
+            raise pytest.UsageError(f"--{name} must be positive, got {config.getoption(name)}")
+    try:
+        device = resolve_device(config.getoption("device"))
+    except ValueError as error:
+        raise pytest.UsageError(f"--device: {error}") from error
+    config.stash[KNOWN] = set()
     config.stash[SESSION] = Session(
-        _device(config),
+        device,
         full=config.getoption("full"),
         seconds=config.getoption("seconds"),
         cap=config.getoption("cap"),
@@ -66,13 +72,20 @@ def harness(request: pytest.FixtureRequest) -> Session:
 
 
 @pytest.fixture
-def show(request: pytest.FixtureRequest) -> Callable[[list[float]], None]:
-    """Hands samples (seconds) to pytest-benchmark, for its table; nothing where it is missing."""
-    if not request.config.pluginmanager.has_plugin("benchmark"):
-        return lambda seconds: None
-    benchmark = request.getfixturevalue("benchmark")
+def show(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Hands samples (seconds) to pytest-benchmark, for its table and JSON; else does nothing.
 
-    def replay(seconds: list[float]) -> None:
+    The variants of a case are one group of the table.
+    """
+    if not request.config.pluginmanager.has_plugin("benchmark"):
+        return lambda seconds, **extra: None
+    benchmark = request.getfixturevalue("benchmark")
+    params = request.node.callspec.params
+    shown = [request.node.originalname, *(str(params[k]) for k in ("case", "dtype") if k in params)]
+    benchmark.group = " ".join(shown)
+
+    def replay(seconds: list[float], **extra: Any) -> None:
+        benchmark.extra_info |= extra
         clock = iter([0.0, *(t for s in seconds for t in (s, 0.0))])
         benchmark._timer = lambda: next(clock)
         benchmark.pedantic(lambda: None, rounds=len(seconds))
@@ -90,72 +103,53 @@ def compare(harness: Session, show: Callable) -> Callable:
             pytest.skip(f"not run: {got.note}")
         if got.status in ("wrong", "failed"):
             pytest.fail(f"no figure: {got.note}", pytrace=False)
-        samples = next(iter(got.samples.values()), [])
-        if got.status == "measured" and samples:
-            show(samples)
+        for mode, samples in list(got.samples.items())[:1]:
+            if got.status == "measured":
+                show(samples, mode=mode, first_s=got.first, peak_bytes=got.peak, error=got.error)
 
     return run
 
 
 @pytest.fixture
-def bench(compare: Callable) -> Callable:
-    """bench(op, case, dtype, variant, variants, args): one variant of an op.
+def bench(compare: Callable, request: pytest.FixtureRequest) -> Callable:
+    """bench(op, case, dtype, variant, calls, args, work): one variant of an op.
 
-    `variants()` makes {name: call}; `moved` is the least number of bytes, where not all of every
-    argument is needed.
+    `calls()` makes {name: call}.
     """
+    base = collect.baseline(request.module)
 
-    def run(op, case, dtype, variant, variants, args, moved=None):
-        def subject() -> Subject:
-            plain, work = counted(case.reference, args, dtype, moved)
-            exact, _ = counted(case.reference, args, torch.float64)
-            calls = variants()
-            return Subject(
-                op,
-                str(case),
-                {name: lambda call=call: call for name, call in calls.items()},
-                lambda name, out: largest_error(name, out, exact, plain),
-                BASELINE,
-                lambda name: str(dtype).removeprefix("torch."),
-                work,
-            )
-
-        compare((op, case, dtype), subject, variant)
+    def run(op, case, dtype, variant, calls, args, work):
+        made = lambda: collect.kernel_subject(op, case, dtype, calls(), args, work, base)  # noqa: E731
+        compare((op, case, dtype), made, variant)
 
     return run
 
 
-def _device(config: pytest.Config) -> torch.device:
-    name = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Cases, dtypes and variants of a bench: its module's CASES or `cases_of(full)`, and `names`.
-
-    A backend of the op that cannot run here gets a skipped bench that says why.
-    """
+    """Cases, dtypes and variants of a bench; one that cannot run here is skipped and says why."""
     if "variant" not in metafunc.fixturenames:
         return
-    module, config = metafunc.module, metafunc.config
-    device, full = _device(config), config.getoption("full")
-    cases = module.cases_of(full) if hasattr(module, "cases_of") else module.CASES
-    names = module.names(device, full)
-    metafunc.parametrize("case", cases, ids=str)
+    module, session = metafunc.module, metafunc.config.stash[SESSION]
+    metafunc.parametrize("case", collect.cases(module, session.full), ids=str)
     if "dtype" in metafunc.fixturenames:
-        dtypes = [torch.float32, torch.bfloat16] if full else [torch.float32]
-        metafunc.parametrize("dtype", dtypes, ids=lambda d: str(d).removeprefix("torch."))
-        names += _absent(getattr(cases[0], "op", None), names, device)
-    metafunc.parametrize("variant", names)
+        kinds = collect.dtypes(session.full)
+        metafunc.parametrize("dtype", kinds, ids=lambda d: str(d).removeprefix("torch."))
+    found = collect.variants(module, session.device, session.full)
+    metafunc.config.stash[KNOWN] |= {*found, *module.names(session.device, True)}
+    base = collect.baseline(module)
+    wanted = {name: reason for name, reason in found.items() if session.wants(name, base)}
+    metafunc.parametrize("variant", [_param(name, reason) for name, reason in wanted.items()])
 
 
-def _absent(op: str | None, names: list[str], device: torch.device) -> list[Any]:
-    reasons = {
-        impl.backend: impl.why_not(device)
-        for impl in (dispatch.implementations(op) if op in dispatch.IMPLS else ())
-        if impl.backend not in names and impl.backend != "reference"
-    }
-    return [
-        pytest.param(name, marks=pytest.mark.skip(reason=f"not run: {name}: {reason}"))
-        for name, reason in reasons.items()
-    ]
+def _param(name: str, reason: str | None) -> Any:
+    marks = [pytest.mark.skip(reason=f"not run: {name}: {reason}")] if reason else []
+    return pytest.param(name, marks=marks)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    known, only = config.stash[KNOWN], config.stash[SESSION].only
+    if items and only - known:
+        raise pytest.UsageError(
+            f"--variants: no bench here has {', '.join(sorted(only - known))}; "
+            f"there are {', '.join(sorted(known))}"
+        )

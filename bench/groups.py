@@ -20,7 +20,7 @@ from efrdn_fast import functional, packing
 from efrdn_fast.counts import Cost
 from efrdn_fast.fast import EFRDNFast
 
-__all__ = ["GROUPS", "REST", "Group", "block_times", "groups"]
+__all__ = ["GROUPS", "REST", "Group", "block_times", "floor_of", "groups"]
 
 REST = "other convolutions"
 GROUPS = {
@@ -38,6 +38,17 @@ GROUPS = {
 BETWEEN = "between blocks"  # sums, concatenations, what no block claims
 OPS = {"acrb_out": "ACRB", "acrb": "ACRB", "emha": "attention"}
 """Ops of `functional` that the packed network calls outside of a block of their own."""
+
+
+def floor_of(flops: int, exps: int, moved: int, ceilings: Mapping[str, float]) -> tuple[float, str]:
+    """Seconds that work takes at least, `moved` in bytes, and which rate binds."""
+    terms = {
+        "copy": moved / ceilings["copy"],
+        "matmul": flops / ceilings["matmul"],
+        "exp": exps / ceilings["exp"],
+    }
+    bound = max(terms, key=lambda key: terms[key])
+    return terms[bound], bound
 
 
 @dataclass
@@ -58,13 +69,7 @@ class Group:
             ceilings: Per second: "copy" (bytes), "matmul" (operations), "exp".
             element: Bytes of an element.
         """
-        terms = {
-            "copy": self.elements * element / ceilings["copy"],
-            "matmul": self.flops / ceilings["matmul"],
-            "exp": self.exps / ceilings["exp"],
-        }
-        bound = max(terms, key=lambda key: terms[key])
-        return terms[bound], bound
+        return floor_of(self.flops, self.exps, self.elements * element, ceilings)
 
 
 def groups(cost: Cost) -> list[Group]:

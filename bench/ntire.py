@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from efrdn_fast import env
-from efrdn_fast.timing import Clock
+from efrdn_fast.timing import Clock, peak_memory
 
 from .bench_network import network
 from .rungs import RUNGS
@@ -47,16 +47,20 @@ def pictures(folder: Path | None) -> tuple[str, list[Tensor]]:
     return folder.name, [torch.from_numpy(i).permute(2, 0, 1)[None].float() / 255 for i in images]
 
 
-def run(name: str, device: torch.device, images: list[Tensor]) -> list[float]:
-    """Seconds of each picture, in order; nothing is called before the first."""
+def run(name: str, device: torch.device, images: list[Tensor]) -> tuple[list[float], int | None]:
+    """Seconds of each picture in order, and peak memory; nothing is called before the first."""
     rung, net, clock = RUNGS[name], network(4, device), Clock(device)
     seconds = []
-    with torch.inference_mode():
+
+    def all_of_them() -> None:
         made = None if rung.fixed else rung.make(net, images[0])
         for image in images:
             x = image.to(device)
             seconds.append(clock.sample(lambda x=x: (made or rung.make(net, x))(x)))
-    return seconds
+
+    with torch.inference_mode():
+        peak = peak_memory(all_of_them, device)
+    return seconds, peak
 
 
 def main() -> int:
@@ -71,8 +75,8 @@ def main() -> int:
         print(f"{args.rung}: not run: {reason}", file=sys.stderr)
         return 1
     origin, images = pictures(args.set)
-    seconds = run(args.rung, device, images)
-    print(json.dumps({"pictures": origin, "seconds": seconds}))
+    seconds, peak = run(args.rung, device, images)
+    print(json.dumps({"pictures": origin, "seconds": seconds, "peak": peak}))
     return 0
 
 

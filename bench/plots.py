@@ -38,9 +38,13 @@ class Picture:
     sources: tuple[Path, ...]
     paint: Callable[[Any, list[dict]], None]
     """(matplotlib axes, rows of the sources) draws it."""
+    also: tuple[Path, ...] = ()
+    """Other files that it reads."""
+    panels: int = 1
+    """Panels a side."""
 
     def digest(self) -> str:
-        data = b"".join(source.read_bytes() for source in self.sources)
+        data = b"".join(source.read_bytes() for source in (*self.sources, *self.also))
         return hashlib.sha256(data).hexdigest()
 
     def stale(self) -> bool:
@@ -57,7 +61,10 @@ class Picture:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=100, layout="constrained")
+        size = (8, 4.5) if self.panels == 1 else (10, 7.5)
+        figure, axes = pyplot.subplots(
+            self.panels, self.panels, figsize=size, dpi=100, layout="constrained"
+        )
         self.paint(axes, [row for source in self.sources for row in load(source)["rows"]])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.path, metadata={KEY: self.digest(), "Software": None})
@@ -72,7 +79,10 @@ def pictures(results: Path, folder: Path = FOLDER) -> list[Picture]:
             sources = tuple(device / f"{need}.json" for need in needs)
             if all(source.is_file() for source in sources):
                 path = folder / f"bench_{name}_{device.name}.png"
-                found.append(Picture(path, sources, _for_device(paint, device)))
+                more = (device / MEASURED_PSNR,) if name == "peers" else ()
+                also = tuple(each for each in more if each.is_file())
+                panels = 2 if name == "peers" else 1
+                found.append(Picture(path, sources, _for_device(paint, device), also, panels))
     return found
 
 
@@ -142,7 +152,9 @@ def _shares(axes: Any, rows: list[dict], device: Path) -> None:
             row.get(key) or 0 for key in ("copy_share", "matmul_share", "exp_share")
         )
         for row in rows
-        if row.get("copy_share") and row["dtype"] == "float32"
+        if row.get("copy_share")
+        and row["dtype"] == "float32"
+        and row["status"] == "measured"  # noisy ones are not quoted
     }
     axes.barh(list(bars), [100 * value for value in bars.values()])
     axes.tick_params(axis="y", labelsize=6)
@@ -162,44 +174,65 @@ def _training(axes: Any, rows: list[dict], device: Path) -> None:
 
 
 def _peers(axes: Any, rows: list[dict], device: Path) -> None:
-    """Fig. 7: time against PSNR on Set5 x4; squares are measured here, circles printed.
+    """Fig. 7: time and true multiply-adds against PSNR at x4, on the sets that hold most networks.
 
-    The legend holds the multiply-adds of one call.
+    A hollow circle is a PSNR printed in the paper, a square one measured here with the shipped
+    weights; times and multiply-adds are measured and counted here.
     """
-    published = {**paper_tables()["table1"]["x4"], **paper_tables()["table6_x4"]}
-    names = {"EFRDN": "EFRDN", "EFRDNFast": "EFRDN", "SwinIR-light": "SwinIR"}
     size = max((row["case"] for row in rows if row.get("p50_ms")), key=_pixels)
-    left_out = []
-    for row in (r for r in rows if r["case"] == size and r.get("p50_ms")):
-        name = row["variant"]
-        printed = published.get(names.get(name, name), {}).get("Set5")
-        if printed is None:
-            left_out.append(name)
-            continue
-        macs = re.search(r"([\d.]+) G multiply-adds", row["note"])
-        x, y = row["p50_ms"] / 1e3, float(printed[0])
-        label = f"{name}, printed" + (f", {macs[1]} G" if macs else "")
-        axes.plot([x], [y], "o", markerfacecolor="none", markersize=9, label=label)
-    own = device / "eval_x4.json"
-    if own.is_file():
-        sets = json.loads(own.read_text())["scales"]["x4"]["sets"]
-        for name, key in (("EFRDNFast", "model"), ("bicubic", "bicubic")):
-            row = next((r for r in rows if r["variant"] == name and r["case"] == size), None)
-            if row and row.get("p50_ms"):
-                y = sets["Set5"][key]["psnr"]
-                label = f"{name}, measured" + (", shipped weights" if key == "model" else "")
-                axes.plot([row["p50_ms"] / 1e3], [y], "s", markersize=7, label=label)
-    axes.set(
-        xscale="log",
-        xlabel=f"seconds for {size.removeprefix('x4-').removesuffix('-b1')}, measured here",
-        ylabel="PSNR on Set5 x4 (dB)",
-        title=f"circle: PSNR printed in the EFRDN paper; square: measured here; {device.name}",
+    found = {row["variant"]: row for row in rows if row["case"] == size and row.get("p50_ms")}
+    path = device / MEASURED_PSNR
+    own = json.loads(path.read_text())["scales"]["x4"]["sets"] if path.is_file() else {}
+    shown = set()
+    for line, name_of_set in zip(axes, ("Set5", "Manga109"), strict=True):
+        for at, (name, row) in enumerate(found.items()):
+            macs = re.search(r"([\d.]+) G multiply-adds", row["note"])
+            xs = row["p50_ms"] / 1e3, float(macs[1]) if macs else 0.0
+            for marker, psnr in (
+                ("o", _printed(name, name_of_set)),
+                ("s", own.get(name_of_set, {}).get(_KEYS.get(name, ""), {}).get("psnr")),
+            ):
+                for panel, x in zip(line, xs, strict=True):
+                    if psnr is not None and x:  # bicubic has no multiply-adds of this kind
+                        style = {"color": f"C{at % 10}", "markersize": 8, "label": name}
+                        face = "none" if marker == "o" else f"C{at % 10}"
+                        panel.plot([x], [float(psnr)], marker, markerfacecolor=face, **style)
+                        shown.add(name)
+        for panel in line:
+            panel.set(ylabel=f"PSNR on {name_of_set} x4 (dB)")
+            panel.grid(True, which="both", alpha=0.3)
+        line[0].set_xscale("log")
+    shape = size.removeprefix("x4-").removesuffix("-b1")
+    axes[1][0].set_xlabel(f"seconds for {shape}, measured here")
+    axes[1][1].set_xlabel(f"true multiply-adds for {shape}, G")
+    handles = {h.get_label(): h for panel in axes.flat for h in panel.get_lines()}
+    axes[0][0].legend(handles.values(), handles, fontsize=7, loc="center left")
+    missing = ", ".join(name for name in found if name not in shown)
+    axes[0][0].figure.suptitle(
+        f"circle: PSNR printed in the EFRDN paper; square: measured here, shipped weights; "
+        f"{device.name}\nno PSNR to show: {missing or 'none'}",
+        fontsize=9,
     )
-    axes.title.set_fontsize(9)
-    axes.legend(fontsize=7, loc="center left")
-    unknown = ", ".join(name for name in left_out if name != "bicubic")
-    axes.text(0.01, 0.02, f"no PSNR to show: {unknown}", transform=axes.transAxes, fontsize=7)
-    axes.grid(True, alpha=0.3)
+
+
+MEASURED_PSNR = "eval_x4.json"
+_KEYS = {"EFRDNFast": "model", "bicubic": "bicubic"}  # networks with a measured PSNR
+
+
+def _printed(name: str, name_of_set: str) -> Any:
+    """PSNR that the paper prints for a network at x4 on a set, None where it prints none."""
+    paper = paper_tables()
+    if name == "bicubic":
+        return paper["bicubic_published"][name_of_set]["x4"][0]
+    if name in paper["table2_x4_manga109"]:
+        row = paper["table2_x4_manga109"][name]["psnr_ssim"]
+        return row[0] if name_of_set == "Manga109" else None
+    row = {**paper["table1"]["x4"], **paper["table6_x4"]}.get(PRINTED_AS.get(name, name), {})
+    return row[name_of_set][0] if row.get(name_of_set) else None
+
+
+PRINTED_AS = {"EFRDNFast": "EFRDN", "SwinIR-light": "SwinIR"}
+"""Name here -> name in the paper's tables."""
 
 
 def _pixels(case: str) -> int:
@@ -211,7 +244,7 @@ _PICTURES: dict[str, tuple[tuple[str, ...], Callable]] = {
     "latency": (("network",), _latency),
     "memory": (("network",), _memory),
     "blocks": (("blocks",), _blocks),
-    "kernels": (("gcrb", "acrb"), _shares),
+    "kernels": (("gcrb", "acrb", "emha"), _shares),
     "training": (("train",), _training),
     "peers": (("peers",), _peers),
 }

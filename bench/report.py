@@ -4,9 +4,10 @@
     python -m bench.report --check    exit status 1 where one differs from the results (CI)
 
 A table stands between `<!-- bench: TABLE DEVICE OP CASE -->` and `<!-- /bench -->`; TABLE is
-`network`, `kernels`, `peers` or `blocks`, or one of `training_tables`, DEVICE a folder of
-`bench/results`. A device without results says "not measured". Pictures: see `plots`; each holds a
-digest of the files it shows.
+a key of `COLUMNS` or of `training_tables` or `user_tables`, DEVICE a folder of `bench/results`. A
+device without results says "not measured", a figure that spreads too far "noisy". Rows stand in a
+fixed order, whichever run was the last. Pictures: see `plots`; each holds a digest of the files it
+shows.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import training_tables
+from . import training_tables, user_tables
 from .harness.provenance import RESULTS
 from .harness.store import load
+from .peers import PEERS
+from .rungs import RUNGS
 
 __all__ = ["PAGES", "main", "render_page"]
 
@@ -30,7 +33,7 @@ BLOCK = re.compile(r"(<!-- bench: (.+?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def _time(row: Mapping[str, Any]) -> str:
-    if not row.get("p50_ms"):
+    if not row.get("p50_ms") or row["status"] == "noisy":
         return row["status"]
     unit = f"{row['p50_ms'] / 1e3:.2f} s" if row["p50_ms"] >= 1e3 else f"{row['p50_ms']:.3g} ms"
     return unit if row["status"] == "measured" else f"{unit} ({row['status']})"
@@ -39,12 +42,14 @@ def _time(row: Mapping[str, Any]) -> str:
 def _ratio(row: Mapping[str, Any]) -> str:
     if row["variant"] == row["baseline"]:
         return "1"
-    if not row.get("ratio"):
+    if not row.get("ratio") or row["status"] == "noisy":
         return ""
     return f"{row['ratio']:.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
 
 
 def _share(row: Mapping[str, Any]) -> str:
+    if row["status"] == "noisy":
+        return ""
     shares = {"copy": "copy_share", "matrix product": "matmul_share", "exp": "exp_share"}
     found = {name: row.get(key) or 0 for name, key in shares.items()}
     best = max(found, key=lambda name: found[name])
@@ -75,6 +80,11 @@ COLUMNS: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
         "speed": _ratio,
         "size": lambda row: row["note"],
     },
+    "ntire": {
+        "": lambda row: f"`{row['variant']}`",
+        "mean time": _time,
+        "pictures": lambda row: row["note"],
+    },
     "blocks": {
         "": lambda row: row["variant"],
         "time": _time,
@@ -87,16 +97,17 @@ def table(kind: str, device: str, op: str, case: str) -> str:
     """One table as Markdown, with the source of its figures.
 
     Args:
-        kind: A key of `COLUMNS` or of `training_tables.TABLES`.
+        kind: A key of `COLUMNS`, of `training_tables.TABLES` or of `user_tables.TABLES`.
         case: Of the rows; "*" takes all.
 
     Raises:
         ValueError: No such table.
     """
-    if kind in training_tables.TABLES:
-        return training_tables.TABLES[kind](device, case)
+    others = training_tables.TABLES | user_tables.TABLES
+    if kind in others:
+        return others[kind](device, case)
     if kind not in COLUMNS:
-        known = [*COLUMNS, *training_tables.TABLES]
+        known = [*COLUMNS, *others]
         raise ValueError(f"no table {kind!r}; expected {', '.join(known)}")
     path = RESULTS / device / f"{op}.json"
     stored = load(path) if path.is_file() else {"rows": [], "runs": {}}
@@ -107,6 +118,8 @@ def table(kind: str, device: str, op: str, case: str) -> str:
     ]
     if not rows:
         return f"Not measured: no results of `{op}` on {device}.\n"
+    if kind != "blocks":  # those are in the order of the network
+        rows.sort(key=_place)
     columns = COLUMNS[kind]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
@@ -115,6 +128,17 @@ def table(kind: str, device: str, op: str, case: str) -> str:
     if any(row["variant"] == row["baseline"] for row in rows):
         about += f". Speed: paired ratio to `{rows[0]['baseline']}` with its interval"
     return "\n".join([*lines, "", f"{about} ([figures]({{up}}{_relative(path)}))."]) + "\n"
+
+
+ORDER = (*RUNGS, *PEERS, "eager", "folded", "sdpa", "padded", "compile", "packed", "ours")
+"""Variants in the order of tables; the others, backends, come after them by name."""
+
+
+def _place(row: Mapping[str, Any]) -> tuple:
+    name, words = row["variant"], re.split(r"(\d+)", row["case"])
+    natural = [(int(word), "") if word.isdecimal() else (0, word) for word in words]
+    rank = ORDER.index(name) if name in ORDER else len(ORDER)
+    return natural, row["dtype"] if name not in RUNGS else "", rank, name, row.get("mode") or ""
 
 
 def _about(run: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Least time of every block group on a device, beside what was measured; the cost of large images.
 
     python -m bench.roofline                    this machine: floor, measured time, gap
+    python -m bench.roofline --kernels          every kernel on its bench's cases
     python -m bench.roofline --device h200      a device not at hand: floors, modelled
     python -m bench.roofline --curve            from 64x64 to 8K, four ways to attend
 
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +25,27 @@ from efrdn_fast.counts import count
 from efrdn_fast.tables import render
 
 from .devices import rates
-from .groups import Group, groups
+from .groups import Group, floor_of, groups
+from .harness import collect
 from .harness.provenance import RESULTS, device_folder
 from .harness.store import load
 
-__all__ = ["CURVE", "WAYS", "CurvePoint", "curve", "floors", "main", "measured_blocks"]
+__all__ = [
+    "CURVE",
+    "KERNELS",
+    "WAYS",
+    "CurvePoint",
+    "curve",
+    "floors",
+    "kernel_table",
+    "main",
+    "measured_blocks",
+]
+
+KERNELS = ("gcrb", "acrb", "conv3x3", "emha", "transformer")
+"""Benches whose cases are single kernels or a block of few."""
+OWN = ("cuda", "triton", "cpu", "packed")
+"""Variants that are ours: the fastest one measured is set against the floor."""
 
 CURVE = ((64, 64), (128, 128), (320, 180), (480, 270), (960, 540), (1920, 1080), (7680, 4320))
 """Width, height of LR images of the cost curve."""
@@ -118,8 +137,7 @@ def table(device: str, dtype: str, width: int, height: int, variant: str) -> str
     whole = sum(measured.values()) or None
     rows.append(("sum", "", "", "", "", _ms(total), "", _ms(whole), _gap(whole, total)))
     header = ("group", "calls", "GFLOP", "Gexp", "MB", "floor ms", "bound", "measured ms", "gap")
-    shown = ", ".join(f"{key} {value / 1e9:,.1f} G/s" for key, value in ceilings.items())
-    about = [f"EFRDN {case}, {dtype}; {device}: {shown} ({source})"]
+    about = [f"EFRDN {case}, {dtype}; {device}: {_shown(ceilings)} ({source})"]
     if measured:
         between = measured.get("between blocks", 0)
         about.append(f"measured: {variant}, {between * 1e3:.1f} ms of the sum between the blocks")
@@ -140,6 +158,64 @@ def _row(group: Group, floor: float, bound: str, element: int, measured: float |
         _ms(measured),
         _gap(measured, floor),
     )
+
+
+def kernel_table(device: str, dtype: str) -> str:
+    """Work, floor, best measured time and gap of every kernel on its bench's quick cases."""
+    ceilings, source = rates(device, dtype)
+    kind = torch.float32 if dtype == "fp32" else torch.float16
+    rows = []
+    for op in KERNELS:
+        module = importlib.import_module(f"bench.bench_{op}")
+        path = RESULTS / device / f"{op}.json"
+        stored = load(path)["rows"] if path.is_file() else []
+        for case in collect.cases(module, full=False):
+            work = module.work(case, kind)
+            floor, bound = floor_of(work.flops, work.exps, work.bytes, ceilings)
+            best = _best(stored, str(case), str(kind).removeprefix("torch."))
+            seconds = best and best["p50_ms"] / 1e3
+            by = f"{best['variant']} {best['mode']} {best['status']}" if best else "not measured"
+            rows.append(
+                (
+                    f"{op} {case}",
+                    f"{work.flops / 1e9:.3f}",
+                    f"{work.exps / 1e9:.3f}" if work.exps else "",
+                    f"{work.bytes / 1e6:.1f}",
+                    _ms(floor),
+                    bound,
+                    _ms(seconds),
+                    _gap(seconds, floor),
+                    by,
+                )
+            )
+    header = ("kernel", "GFLOP", "Gexp", "MB", "floor ms", "bound", "measured ms", "gap", "by")
+    about = f"kernels, {dtype}; {device}: {_shown(ceilings)} ({source}); floors are modelled"
+    return f"{about}\n\n{render(header, rows)}"
+
+
+def _best(rows: list[dict], case: str, dtype: str) -> dict | None:
+    """The fastest measured row of an own variant."""
+    own = [
+        row
+        for row in rows
+        if (row["case"], row["dtype"]) == (case, dtype)
+        and row["variant"] in OWN
+        and row["status"] in ("measured", "noisy")
+        and row.get("p50_ms")
+    ]
+    return min(own, key=lambda row: row["p50_ms"], default=None)
+
+
+def _shown(ceilings: dict[str, float]) -> str:
+    return ", ".join(f"{key} {value / 1e9:,.1f} G/s" for key, value in ceilings.items())
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Argparse type of "320x180"."""
+    words = text.split("x")
+    if len(words) != 2 or not all(word.isdecimal() and int(word) for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected such as 320x180")
+    return int(words[0]), int(words[1])
 
 
 def _ms(seconds: float | None) -> str:
@@ -169,22 +245,25 @@ def curve_table(device: str, dtype: str) -> str:
     return f"{about}\n\n{render(header, rows)}"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = device_folder(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--device", default=here, help=f"default: {here}")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), help="default: fp32 on a CPU")
-    parser.add_argument("--size", default="96x96", metavar="WxH", help="LR size. Default: 96x96")
+    size = {"type": _size, "default": (96, 96), "metavar": "WxH"}
+    parser.add_argument("--size", **size, help="LR size. Default: 96x96")
     parser.add_argument("--variant", default="ours", help="sdpa or ours. Default: ours")
+    parser.add_argument("--kernels", action="store_true", help="every kernel, by its bench's cases")
     parser.add_argument("--curve", action="store_true", help="large images, modelled")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     dtype = args.dtype or ("fp32" if args.device.startswith("cpu-") else "fp16")
-    width, height = map(int, args.size.split("x"))
     try:
         if args.curve:
             print(curve_table(args.device, dtype))
+        elif args.kernels:
+            print(kernel_table(args.device, dtype))
         else:
-            print(table(args.device, dtype, width, height, args.variant))
+            print(table(args.device, dtype, *args.size, args.variant))
     except ValueError as error:
         print(f"bench.roofline: error: {error}", file=sys.stderr)
         return 1

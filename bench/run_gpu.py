@@ -3,9 +3,12 @@
     EFRDN_FAST_DATA=... python bench/run_gpu.py --out DIR [--minutes 9] [--only STEP ...]
 
 Needs the repository and an installed torch; what else is missing costs the steps that need it.
-Every step is a process with a time limit and a log in DIR; `summary.json` is written after each,
-so that what was done is kept when the call is cut off. Exit status: 0 all steps passed, 1 some
-failed or did not fit the time, 2 wrong usage, 3 no CUDA device.
+Every step is a process with a time limit and a log in DIR. The building of the kernels may take its
+whole limit; the other steps share the time that is left in proportion to theirs, and what one does
+not use goes to the next. Benches write their results after every case, `summary.json` is written
+after every step, so that what was done is kept when the call is cut off. `--device cpu` rehearses
+the steps without a GPU: what needs one fails or does not run. Exit status: 0 all steps passed, 1
+some failed or did not fit the time, 2 wrong usage, 3 no CUDA device.
 """
 
 from __future__ import annotations
@@ -25,11 +28,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["Outcome", "Runner", "Step", "main", "steps"]
+__all__ = ["NO_GPU", "Outcome", "Runner", "Step", "main", "steps"]
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = 3
 GRACE = 5.0  # seconds between asking a step to end and ending it
+LEAST = 10.0  # seconds of a step, however many are to come
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Step:
     limit: float
     """Seconds it may take."""
     needs: tuple[str, ...] = ()
-    """Python packages, programs as "bin:NAME", files as "file:PATH", or "data"."""
+    """Python packages, programs as "bin:NAME", or "data"."""
+    whole: bool = False
+    """Whether it may take its limit, whatever is to come."""
 
     def missing(self) -> list[str]:
         """What it needs and is not here."""
@@ -66,45 +72,48 @@ def _have(need: str) -> bool:
         return bool(os.environ.get("EFRDN_FAST_DATA"))
     if need.startswith("bin:"):
         return shutil.which(need[4:]) is not None
-    if need.startswith("file:"):
-        return (ROOT / need[5:]).is_file()
     return importlib.util.find_spec(need) is not None
 
 
-def steps(out: Path) -> list[Step]:
+def steps(out: Path, device: str = "cuda") -> list[Step]:
     """All steps, the most telling first."""
     python = sys.executable
-    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    bench = (*pytest, "--results", str(out / "results"), "--device", "cuda")
-    names = ("gcrb", "acrb", "conv3x3", "emha", "transformer", "fusion")
-    ops = tuple(f"tests/test_{name}.py" for name in names)
-    sizes = "x4-64x64-b1 or x4-128x128-b1 or x4-320x180-b1 or x4-480x270-b1"
-    benches = ("gcrb", "acrb", "conv3x3", "emha", "transformer")
-    kernels = [f"bench/bench_{op}.py" for op in benches if _have(f"file:bench/bench_{op}.py")]
-    sanitized = ("-k", "cuda and float32 and forward", "--maxfail", "3")
+    efrdn = (python, "-m", "efrdn_fast")
+    pytest = (python, "-m", "pytest", "-v", "-p", "no:cacheprovider")
+    tests = tuple(f"tests/test_{name}.py" for name in TESTED)
+    on = ("--device", device)
+    verify = (*efrdn, "verify", "--model", "x4", *on)
+    sanitized = (*pytest, "-k", "cuda and float32 and forward", "--maxfail", "3", *tests)
+    data = Path(os.environ.get("EFRDN_FAST_DATA", "data")) / "benchmark"
+
+    def bench(*words: str) -> tuple[str, ...]:
+        return (python, "-m", "bench.plain", *words, *on, "--results", str(out / "results"))
+
+    ladder = ("network", "--full", "--seconds", "1.5", "--cap", "15")
+    sizes = ("x4-64x64-b1", "x4-128x128-b1", "x4-320x180-b1", "x4-480x270-b1")
+    kernels = ("gcrb", "acrb", "conv3x3", "emha", "transformer", "--seconds", "0.5")
     return [
-        Step("environment", (python, "-m", "efrdn_fast", "doctor", "--build"), 240),
-        Step("tests", (*pytest, "-k", "cuda or gpu or triton", *ops), 150, ("pytest",)),
-        Step("ladder", (*bench, "--full", "--seconds", "1.5", "--cap", "15",
-            "--variants", _QUICK, "bench/bench_network.py", "-k", sizes), 120, ("pytest",)),
-        Step("kernels", (*bench, "--seconds", "0.5", *kernels), 90, ("pytest",)),
+        Step("environment", (*efrdn, "doctor", "--build"), 240, whole=True),
+        Step("verify", verify, 40),
+        Step("ladder", bench(*ladder, "--variants", QUICK, "--match", *sizes), 120),
+        Step("kernels", bench(*kernels), 70),
+        Step("tests", (*pytest, "-k", "cuda or gpu or triton", *tests), 120, ("pytest",)),
+        Step("training", bench("train", "--full", "--seconds", "2"), 50),
         Step("sanitizer", ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
-            *pytest, *sanitized, *ops), 60, ("pytest", "bin:compute-sanitizer")),
-        Step("blocks", (*bench, "bench/bench_blocks.py"), 30, ("pytest",)),
-        Step("training", (*bench, "--full", "--seconds", "2", "bench/bench_train.py"), 60,
-            ("pytest",)),
-        Step("quality", (python, "-m", "efrdn_fast", "verify", "--model", "x4", "--benchmark",
-            str(Path(os.environ.get("EFRDN_FAST_DATA", "data")) / "benchmark"), "--sets", "Set5"),
-            60, ("data",)),
-        Step("tuning", (python, "-m", "bench.tune", "--seconds", "60"), 75,
-            ("triton", "file:bench/tune.py")),
-        Step("compile", (*bench, "--full", "--seconds", "1.5", "--variants",
-            "compile-fp16,compile-max-fp16", "bench/bench_network.py", "-k", "x4-320x180-b1"), 180,
-            ("pytest",)),
+            *(sanitized if _have("pytest") else verify)), 50, ("bin:compute-sanitizer",)),
+        Step("blocks", bench("blocks"), 20),
+        Step("quality", (*verify, "--benchmark", str(data), "--sets", "Set5"), 40, ("data",)),
+        Step("tuning", (python, "-m", "bench.tune", "--minutes", "1", "--folder",
+            str(out / "configs")), 75, ("triton",)),
+        Step("peers", bench("peers", "--seconds", "2"), 40),
+        Step("ntire", bench("ntire"), 40),
+        Step("compile", bench(*ladder, "--variants", "compile-fp16,compile-max-fp16",
+            "--match", "x4-320x180-b1"), 120),
     ]  # fmt: skip
 
 
-_QUICK = (
+TESTED = ("gcrb", "acrb", "conv3x3", "emha", "transformer", "fusion")
+QUICK = (
     "eager-fp32,eager-fp16,sdpa-fp16,tensorrt-fp16,ours-triton-fp32,ours-triton-fp16,"
     "ours-cuda-fp32,ours-cuda-tf32,ours-cuda-fp16"
 )
@@ -127,7 +136,7 @@ class Runner:
 
     def run(self, todo: Sequence[Step]) -> list[Outcome]:
         """Run all; each outcome is in the summary before the next step begins."""
-        for step in todo:
+        for at, step in enumerate(todo):
             left = self.seconds - (self.clock() - self.begin)
             missing = step.missing()
             command = " ".join(step.command)
@@ -136,12 +145,21 @@ class Runner:
             elif left <= GRACE:
                 outcome = Outcome(step.name, command, "not run", "no time left")
             else:
-                outcome = self._one(step, min(step.limit, left - GRACE))
+                outcome = self._one(step, self._limit(todo[at:], left - GRACE))
             self.outcomes.append(outcome)
             self._save()
             print(f"{outcome.name:<12} {outcome.status:<8} {outcome.seconds:6.1f} s "
                   f"{outcome.note}", flush=True)  # fmt: skip
         return self.outcomes
+
+    @staticmethod
+    def _limit(todo: Sequence[Step], left: float) -> float:
+        """Seconds of the first of the steps that are to come."""
+        step = todo[0]
+        if step.whole:
+            return min(step.limit, left)
+        share = left * step.limit / sum(s.limit for s in todo if not s.missing())
+        return min(step.limit, left, max(LEAST, share))
 
     def _one(self, step: Step, limit: float) -> Outcome:
         begin, command = self.clock(), " ".join(step.command)
@@ -157,9 +175,17 @@ class Runner:
             try:
                 code = process.wait(limit)
             except subprocess.TimeoutExpired:
-                _end(process)
                 note = f"limit of {limit:.0f} s; what it had written is kept"
                 return Outcome(step.name, command, "cut off", note, self.clock() - begin)
+            except (KeyboardInterrupt, SystemExit):
+                note = "the whole call was ended; what it had written is kept"
+                cut = Outcome(step.name, command, "cut off", note, self.clock() - begin)
+                self.outcomes.append(cut)
+                self._save()
+                raise
+            finally:
+                if process.poll() is None:
+                    _end(process)
         status = "failed" if code else "passed"
         note = f"exit status {code}, see {step.name}.log" if code else ""
         return Outcome(step.name, command, status, note, self.clock() - begin, code)
@@ -185,6 +211,10 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def _ended(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
 def _why_no_gpu() -> str | None:
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
@@ -197,10 +227,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of logs and results")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything. Default: 9")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: rehearsal")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps")
     parser.add_argument("--dry-run", action="store_true", help="print the steps and run nothing")
     args = parser.parse_args(argv)
-    todo = steps(args.out.resolve())
+    if not args.minutes > 0:
+        parser.error(f"--minutes must be positive, got {args.minutes}")
+    todo = steps(args.out.resolve(), args.device)
     names = [step.name for step in todo]
     unknown = set(args.only or ()) - set(names)
     if unknown:
@@ -211,12 +244,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             missing = ", ".join(step.missing())
             state = f"would not run, missing: {missing}" if missing else f"{step.limit:.0f} s"
             print(f"{step.name:<12} {state}\n    {' '.join(step.command)}")
-    reason = _why_no_gpu()
+    reason = _why_no_gpu() if args.device == "cuda" else None
     if reason:
-        print(f"run_gpu: {reason}; nothing was run", file=sys.stderr)
+        not_run = ", ".join(step.name for step in todo)
+        print(f"run_gpu: {reason}; nothing was run (not {not_run})", file=sys.stderr)
         return NO_GPU
     if args.dry_run:
         return 0
+    signal.signal(signal.SIGTERM, _ended)  # a child has its own process group: end it too
     outcomes = Runner(args.out.resolve(), 60 * args.minutes).run(todo)
     return 0 if all(outcome.status == "passed" for outcome in outcomes) else 1
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,10 +68,12 @@ def check(name: str, seconds: float, floor: float) -> tuple[Ratio | None, bool]:
     return ratio, ratio.value >= floor
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="for each pair. Default: 20")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if not args.seconds > 0:
+        parser.error(f"--seconds must be positive, got {args.seconds}")
     failed = False
     for name, floor in FLOORS.items():
         ratio, passed = check(name, args.seconds, floor)

@@ -4,7 +4,8 @@
     python -m bench.tune --ops gcrb conv3x3 --minutes 5
     python -m bench.tune --backends         only which backend wins
 
-Writes `kernels/configs/<device>.json` and the device's entry of `kernels/configs/backends.json`.
+Writes `<device>.json` and the device's entry of `backends.json` in `kernels/configs` (`--folder`:
+elsewhere).
 One value of a config is changed at a time and kept where it gains 2 % in turn-by-turn timing; what
 is found is written where it beats the heuristic config by as much. A config counts only if its
 result agrees with the heuristic one's.
@@ -17,7 +18,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,9 @@ def descend(
     return best
 
 
-def _tune(op: str, case: Any, dtype: torch.dtype, clock: Clock, deadline: float) -> None:
+def _tune(
+    op: str, case: Any, dtype: torch.dtype, clock: Clock, deadline: float, folder: Path
+) -> None:
     launch = getattr(getattr(torch.ops, ops.NAMESPACE), case.op)
     args = case.args(dtype, clock.device)
     expected = launch(*args, "triton")
@@ -121,7 +124,7 @@ def _tune(op: str, case: Any, dtype: torch.dtype, clock: Clock, deadline: float)
     times = gain(None, best)
     print(f"{op} {case} {variant}: {best}, {times:.2f} times the speed of the heuristic config")
     if times >= GAIN:
-        path = _configs.FOLDER / _configs.file_name(torch.cuda.get_device_name(clock.device))
+        path = folder / _configs.file_name(torch.cuda.get_device_name(clock.device))
         _merge(path, {op: {variant: {str(pixels): best}}})
 
 
@@ -134,7 +137,7 @@ def _merge(path: Path, entries: dict[str, Any]) -> None:
         return old | {key: join(old.get(key), value) for key, value in new.items()}
 
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(join(old, entries), indent=1, sort_keys=True)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -154,12 +157,13 @@ def _winner(op: str, clock: Clock) -> str | None:
     return min(logs, key=logs.__getitem__)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", choices=sorted(SPACE), default=sorted(SPACE))
     parser.add_argument("--minutes", type=float, default=20.0, help="time in all (default: 20)")
     parser.add_argument("--backends", action="store_true", help="only which backend wins")
-    args = parser.parse_args()
+    parser.add_argument("--folder", type=Path, default=_configs.FOLDER, help="where to write")
+    args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("bench.tune: torch sees no CUDA device, there is nothing to tune; configs stay as is")
         return 1
@@ -171,9 +175,9 @@ def main() -> int:
             for dtype in DTYPES:
                 for case in CASES[op]:
                     if time.monotonic() < deadline:
-                        _tune(op, case, dtype, clock, deadline)
+                        _tune(op, case, dtype, clock, deadline, args.folder)
     winners = {op: _winner(op, clock) for op in args.ops}
-    _merge(_configs.FOLDER / "backends.json", {torch.cuda.get_device_name(device): winners})
+    _merge(args.folder / "backends.json", {torch.cuda.get_device_name(device): winners})
     print(f"fastest backends: {winners}")
     return 0
 

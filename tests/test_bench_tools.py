@@ -1,22 +1,35 @@
-"""Roofline, comparison, smoke and the GPU run of the bench."""
+"""Roofline, comparison, smoke, tables and pictures of the bench."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
 import pytest
 import torch
+from matplotlib import pyplot
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import compare, devices, groups, plots, report, roofline, run_gpu, smoke
+from bench import (
+    compare,
+    devices,
+    groups,
+    plots,
+    report,
+    roofline,
+    smoke,
+    user_tables,
+)
 from bench.harness.store import Store
-from bench.harness.work import ExpCounter
-from efrdn_fast import EFRDN, cli
+from bench.harness.work import ExpCounter, counted
+from efrdn_fast import EFRDN, cases, cli, reference
+from efrdn_fast.cases_attention import EmhaCase
 from efrdn_fast.config import EFRDNConfig
 from efrdn_fast.counts import count
 from efrdn_fast.fast import EFRDNFast
 from efrdn_fast.timing import Ratio
+from efrdn_fast.transformer import TransformerBlock
 
 PYTHON = sys.executable
 
@@ -78,6 +91,64 @@ def test_roofline_of_a_named_device(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["roofline", "--device", "h900"])
     assert roofline.main() == 1
     assert "no device 'h900': expected h200" in capsys.readouterr().err
+
+
+def test_counts_are_those_of_the_profiler():
+    """torch.profiler's own count of convolutions and matrix products, beside the one in counts."""
+    net, x = EFRDN(4).eval(), torch.rand(1, 3, 12, 12)
+    with torch.no_grad(), torch.profiler.profile(with_flops=True, acc_events=True) as profiler:
+        net(x)
+    counted = ("aten::conv2d", "aten::addmm", "aten::mm", "aten::bmm")
+    seen = sum(event.flops for event in profiler.key_averages() if event.key in counted)
+    assert seen == 2 * count(EFRDNConfig(), 12, 12).total
+
+
+@pytest.mark.parametrize("op", roofline.KERNELS)
+def test_work_of_kernels_is_what_their_reference_does(op):
+    """The counts of the roofline against the flop counter on a small case of each bench."""
+    module = importlib.import_module(f"bench.bench_{op}")
+    moved = None
+    if op == "transformer":
+        case = module.BlockCase(8, 5, 12)
+        function = TransformerBlock(segment_tokens=12).eval()
+        args = (torch.rand(1, 32, 5, 8),)
+        moved = 4 * (2 * 32 * 40 + sum(p.numel() for p in function.parameters()))
+    else:
+        case = {
+            "gcrb": cases.GcrbCase((2, 32, 6, 5)),
+            "acrb": cases.AcrbCase((2, 32, 6, 5), start=23),
+            "conv3x3": cases.Conv3x3Case((1, 6, 5), (9, 7), 8),
+            "emha": EmhaCase(1, 10, 4),
+        }[op]
+        function, args = case.reference, case.args()
+    if op == "acrb":
+        moved = 4 * (2 * 2 * 9 * 30 + 9 * 9 * 9 + 9)
+    if op == "emha":  # its reference returns lse too
+        function = reference.emha
+        args = args[:3]
+    _, work = counted(function, args, torch.float32, moved)
+    got = module.work(case, torch.float32)
+    assert (got.flops, got.exps, got.bytes) == (work.flops, work.exps, work.bytes)
+    half = module.work(case, torch.float16)
+    assert (half.flops, half.exps) == (work.flops, work.exps) and half.bytes < work.bytes
+
+
+def test_roofline_of_kernels(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(roofline, "RESULTS", tmp_path)
+    monkeypatch.setattr(roofline, "KERNELS", ("emha",))
+    case = {"case": "N1-T3600-L3600-H8-D18", "dtype": "float16", "mode": "graph"}
+    rows = [row("cuda", **times(1, 1, 1)), row("triton", **times(2, 2, 2)), row("sdpa", p50_ms=0.5)]
+    run = {"revision": "r", "date": "d"}
+    Store(tmp_path / "h200", "emha").add([r | case for r in rows], run)
+    assert roofline.main(["--device", "h200", "--kernels"]) == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("emha"))
+    shown = "N1-T3600-L3600-H8-D18 7.465 0.104 4.1 0.02479 exp 1 40.3x cuda graph measured"
+    assert line.split()[1:] == shown.split()
+    assert roofline.main(["--device", "a100", "--kernels"]) == 0
+    assert "not measured" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        roofline.main(["--size", "96by96"])
+    assert "'96by96' is no size; expected such as 320x180" in capsys.readouterr().err
 
 
 def test_measured_rates_are_those_of_the_runs(tmp_path):
@@ -175,67 +246,6 @@ def test_smoke_fails_below_its_floor(monkeypatch, capsys):
     assert "SLOWER" in capsys.readouterr().out
 
 
-def test_gpu_run_without_a_gpu(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    out = tmp_path / "out"
-    assert run_gpu.main(["--out", str(out)]) == run_gpu.NO_GPU
-    assert "no CUDA device: torch sees none; nothing was run" in capsys.readouterr().err
-    assert not out.exists()
-    assert run_gpu.main(["--out", str(out), "--dry-run"]) == run_gpu.NO_GPU
-    text = capsys.readouterr().out
-    for name in ("environment", "tests", "sanitizer", "ladder", "kernels", "tuning", "training"):
-        assert f"\n{name} " in f"\n{text}"
-    with pytest.raises(SystemExit) as wrong:
-        run_gpu.main(["--out", str(out), "--only", "nonsense"])
-    assert wrong.value.code == 2 and "no step nonsense" in capsys.readouterr().err
-
-
-def test_gpu_steps_fit_the_time_and_name_real_files():
-    todo = run_gpu.steps(run_gpu.ROOT / "out")
-    assert [step.name for step in todo[:3]] == ["environment", "tests", "ladder"]
-    for step in todo:
-        for word in step.command:
-            if word.endswith(".py") and not word.startswith("/"):
-                assert (run_gpu.ROOT / word).is_file(), word
-
-
-def test_runner_keeps_what_was_done(tmp_path):
-    step = run_gpu.Step
-    sleep = "import subprocess, sys; print('begun', flush=True); "
-    sleep += "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    todo = [
-        step("good", (PYTHON, "-c", "print('fine')"), 30),
-        step("bad", (PYTHON, "-c", "raise SystemExit(7)"), 30),
-        step("slow", (PYTHON, "-c", sleep), 2),
-        step("absent", (PYTHON, "-c", ""), 30, ("no_such_package", "bin:no-such-program")),
-        step("nothing", ("no-such-program",), 30),
-    ]
-    runner = run_gpu.Runner(tmp_path, 60)
-    runner.run(todo)
-    stored = json.loads((tmp_path / "summary.json").read_text())["steps"]
-    assert {s["name"]: s["status"] for s in stored} == {
-        "good": "passed",
-        "bad": "failed",
-        "slow": "cut off",
-        "absent": "not run",
-        "nothing": "failed",
-    }
-    notes = {s["name"]: s["note"] for s in stored}
-    assert notes["bad"] == "exit status 7, see bad.log"
-    assert notes["absent"] == "missing: no_such_package, bin:no-such-program"
-    assert (tmp_path / "good.log").read_text() == "fine\n"
-    assert (tmp_path / "slow.log").read_text() == "begun\n"
-    assert next(s["seconds"] for s in stored if s["name"] == "slow") < 30
-
-
-def test_runner_stops_when_the_time_is_up(tmp_path):
-    now = iter(range(0, 1000, 20))
-    runner = run_gpu.Runner(tmp_path, 30, clock=lambda: next(now))
-    outcomes = runner.run([run_gpu.Step(str(i), (PYTHON, "-c", ""), 30) for i in range(3)])
-    assert [o.status for o in outcomes] == ["passed", "not run", "not run"]
-    assert outcomes[1].note == "no time left"
-
-
 def test_bench_command(capsys):
     sized = ["bench", "--device", "cpu", "--backend", "reference", "--size", "20x16"]
     assert cli.main([*sized, "--seconds", "0.05"]) == 0
@@ -253,6 +263,7 @@ def test_report_makes_tables_from_results(tmp_path, monkeypatch):
     rows = [
         {**row("sdpa", **times(9, 10, 11)), "baseline": "sdpa", "error": 1.5e-6},
         {**row("ours", **ratio(1.9, 2.0, 2.1)), "baseline": "sdpa", "error": None},
+        {**row("loud", **ratio(1, 2, 9)), "status": "noisy", "baseline": "sdpa", "error": 1e-6},
         {**row("late", p50_ms=2500.0), "status": "modelled", "baseline": "sdpa"},
         {**row("gone"), "status": "not run", "baseline": "sdpa"},
     ]
@@ -263,6 +274,9 @@ def test_report_makes_tables_from_results(tmp_path, monkeypatch):
     assert "| `sdpa` | 10 ms | 1 | 1.5e-06 |" in made
     assert "| `ours` | 1 ms | 2.00x [1.90, 2.10] |  |" in made
     assert "| `late` | 2.50 s (modelled) |  |  |" in made
+    assert "| `loud` | noisy |  | 1.0e-06 |" in made
+    order = [made.index(f"`{name}`") for name in ("sdpa", "ours", "late", "loud")]
+    assert order == sorted(order)
     assert "gone" not in made and "Some CPU, AVX2, torch 2.11, revision abc" in made
     assert report.render_page(made, "../") == made
     absent = report.render_page(page.replace("cpu-x", "cuda-nvidia-h200"), "")
@@ -271,6 +285,63 @@ def test_report_makes_tables_from_results(tmp_path, monkeypatch):
         report.render_page(page.replace(" a c", ""), "")
     with pytest.raises(ValueError, match="no table 'networks'"):
         report.render_page(page.replace("network", "networks"), "")
+
+
+def test_tables_of_what_users_call(tmp_path, monkeypatch):
+    monkeypatch.setattr(user_tables, "RESULTS", tmp_path)
+    assert "Not measured" in user_tables.segments("cpu-x", "*")
+    assert "Not measured" in user_tables.foundation("cpu-x", "*")
+    (tmp_path / "cpu-x").mkdir()
+    run = {"device": "X", "versions": {"torch": "2"}, "revision": "abc"}
+    rows = [
+        {"setting": "4 segments", "size": "64x64", "source": "measured", "seconds": 0.1764},
+        {"setting": "4 segments", "size": "960x540", "source": "modelled", "seconds": 516.0},
+        {"setting": "576 tokens", "size": "64x64", "source": "measured", "seconds": 0.17},
+    ]
+    rows = [{**r, "peak_mib": m} for r, m in zip(rows, (31.2, 2765, None), strict=True)]
+    (tmp_path / "cpu-x" / "segments.json").write_text(json.dumps({"run": run, "rows": rows}))
+    text = report.table("segments", "cpu-x", "segments", "*")
+    assert "| 64 x 64 | 0.176 s | 31 MiB | 0.17 s |  |" in text
+    assert "| 960 x 540 | *8.6 min, modelled* | *2.7 GiB* | not measured |  |" in text
+    rows = [
+        {**what, "fast": fast, "median_s": 1.5 - fast, "peak_mib": 1234}
+        for what in ({"what": "upscale", "size": [128, 128]}, {"what": "train"})
+        for fast in (False, True)
+    ]
+    rows = [{"batch": 4, "patch": 32, **each} for each in rows]
+    record = {"network": "N", "dtype": "float32", "threads": 2, "torch": "2", "command": "c"}
+    (tmp_path / "cpu-x" / "foundation.json").write_text(json.dumps({**record, "rows": rows}))
+    text = report.table("foundation", "cpu-x", "foundation", "*")
+    cells = "1.5 s | 1,234 MiB | 0.5 s | 1,234 MiB |"
+    assert f"| `upscale()` of 128 x 128 to 512 x 512 | {cells}" in text
+    assert f"| training step, 4 patches of 32 x 32 | {cells}" in text
+
+
+def test_picture_of_the_peers(tmp_path):
+    """Time and multiply-adds against printed and measured PSNR; stale when the latter changes."""
+    results = tmp_path / "results"
+    notes = {"EFRDNFast": "6.27 G multiply-adds", "SPAN": "1.74 G multiply-adds", "bicubic": ""}
+    rows = [
+        {**row(name, **times(1, 2, 3)), "case": "x4-64x64-b1", "note": note}
+        for name, note in notes.items()
+    ]
+    Store(results / "cpu-x", "peers").add(rows, {"revision": "abc", "date": "d"})
+    own = results / "cpu-x" / plots.MEASURED_PSNR
+    sets = {"Set5": {"model": {"psnr": 31.0}, "bicubic": {"psnr": 28.0}}}
+    own.write_text(json.dumps({"scales": {"x4": {"sets": sets}}}))
+    (picture,) = plots.pictures(results, tmp_path)
+    picture.draw()
+    assert not picture.stale()
+    own.write_text(own.read_text().replace("31.0", "31.5"))
+    assert picture.stale()
+    figure, axes = pyplot.subplots(2, 2)
+    plots._peers(axes, rows, results / "cpu-x")
+    points = [[line.get_xydata()[0].tolist() for line in panel.get_lines()] for panel in axes.flat]
+    assert points[0] == [[2e-3, 32.33], [2e-3, 31.5], [2e-3, 28.42], [2e-3, 28.0]]
+    assert points[1] == [[6.27, 32.33], [6.27, 31.5]]
+    assert len(points[2]) == 2 and len(points[3]) == 1
+    assert "no PSNR to show: SPAN" in figure.get_suptitle()
+    pyplot.close(figure)
 
 
 def test_pictures_know_when_they_are_stale(tmp_path):

@@ -40,8 +40,19 @@ def device_folder(device: torch.device) -> str:
 
 @functools.cache
 def revision() -> str:
-    """Commit of the checkout, with "+" when tracked files differ from it; "" outside of one."""
-    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    """Commit of the checkout, with "+" when the code differs from it; "" outside of one.
+
+    Results and the pages made of them are no code: a run that writes them leaves no mark on the
+    next one.
+    """
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    made = (":/", ":(top,exclude)bench/results", ":(top,exclude)docs", ":(top,exclude)README.md")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *made)
+    return commit + "+" if commit and changed else commit
+
+
+def _git(*words: str) -> str:
+    command = ["git", *words]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except FileNotFoundError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from .work import Work
 
 __all__ = ["ERRORS", "LEAST_TURNS", "Call", "NotRun", "Outcome", "Session", "Subject"]
 
+KINDS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Names of dtypes in the ladder -> those of the ceilings."""
 LEAST_TURNS = 3
 MOST_TURNS = 300
 ERRORS = (AssertionError, RuntimeError, ValueError, TypeError, ImportError, OSError, MemoryError)
@@ -55,7 +57,8 @@ class Subject:
     baseline: str
     dtype: Callable[[str], str] = lambda name: "float32"
     """Name -> dtype it computes in."""
-    work: Work | None = None
+    work: Callable[[str], Work | None] = lambda name: None
+    """Name -> least work of one call in its dtype, where it is known."""
     at: Point | None = None
     """Place of the case among the sizes, where larger ones are modelled from smaller ones."""
     series: str = ""
@@ -76,7 +79,9 @@ class Outcome:
     note: str = ""
     error: float | None = None
     first: float | None = None
-    """Seconds until the first result: made, built, loaded, captured, run once."""
+    """Seconds until the first result: made, built, loaded, compiled, run once."""
+    captured: float = 0.0
+    """Seconds that the capture as a CUDA graph took on top."""
     peak: int | None = None
     """Bytes above what was held before it was made, first result included."""
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -137,7 +142,14 @@ class Session:
         return self._done[key][variant]
 
     def add_mean(
-        self, op: str, case: str, variant: str, dtype: str, seconds: list[float], note: str
+        self,
+        op: str,
+        case: str,
+        variant: str,
+        dtype: str,
+        seconds: list[float],
+        note: str,
+        peak: int | None = None,
     ) -> None:
         """A row of calls that differ, such as pictures of a set: p50 is their mean."""
         mean = sum(seconds) / len(seconds)
@@ -146,9 +158,17 @@ class Session:
             **{"threads": torch.get_num_threads(), "status": "measured", "note": note},
             **{"samples": len(seconds), "p50_ms": _round(mean, 1e3), "baseline": ""},
             **{"min_ms": _round(min(seconds), 1e3), "first_ms": _round(seconds[0], 1e3)},
-            "peak_mib": None,
+            "peak_mib": _round(peak, 2**-20),
         }
         self._keep(op, [row])
+
+    def add_missing(
+        self, op: str, case: str, variant: str, dtype: str, status: str, note: str
+    ) -> None:
+        """A row that says why there is no figure."""
+        row = {"op": op, "case": case, "dtype": dtype, "variant": variant, "mode": ""}
+        row |= {"threads": torch.get_num_threads(), "status": status, "note": note, "samples": 0}
+        self._keep(op, [{**row, "baseline": "", "first_ms": None, "peak_mib": None}])
 
     def _keep(self, op: str, rows: list[dict[str, Any]]) -> None:
         self.rows += rows
@@ -167,10 +187,12 @@ class Session:
                         calls[name] = self._first(subject, name, make, outcomes[name])
                     except ERRORS as error:
                         outcomes[name].status, outcomes[name].note = _reason(error)
+                        if outcomes[name].status == "does not fit":
+                            outcomes[name].samples = self._guess(subject, name)
             for mode in subject.modes or self.modes:
                 self._turns(calls, mode, outcomes)
         for name, outcome in outcomes.items():
-            if subject.at and outcome.samples:
+            if subject.at and outcome.samples and "modelled" not in outcome.samples:
                 samples = next(iter(outcome.samples.values()))
                 point = subject.at.measured(quantile(samples, 0.5), outcome.peak)
                 self._points[subject.op + subject.series, name].append(point)
@@ -191,6 +213,12 @@ class Session:
             return Outcome("modelled", origin, peak=at.peak, samples={"modelled": [at.seconds]})
         return None
 
+    def _guess(self, subject: Subject, name: str) -> dict[str, list[float]]:
+        """Modelled seconds of a variant whose memory ran out; nothing without smaller sizes."""
+        points = self._points[subject.op + subject.series, name]
+        at = subject.at and predict(points, subject.at.pixels, subject.at.exps)
+        return {"modelled": [at.seconds]} if at else {}
+
     def _first(self, subject: Subject, name: str, make: Callable[[], Call], to: Outcome) -> Call:
         made: list[Call] = []
         got: list[tuple[Any, float]] = []
@@ -209,10 +237,11 @@ class Session:
         clock, prepared, once = Clock(self.device, mode), {}, {}
         for name, call in calls.items():
             try:
-                prepared[name] = clock.prepare(call)
+                prepared[name], seconds = first_call(partial(clock.prepare, call), self.device)
             except RuntimeError as error:
                 outcomes[name].note = f"no {mode} figure: {_line(error)}"
                 continue
+            outcomes[name].captured = seconds if mode == "graph" else 0.0
             once[name] = clock.sample(prepared[name])
             if once[name] * LEAST_TURNS > self.cap:
                 outcomes[name].samples[mode] = [once[name]]
@@ -236,6 +265,8 @@ class Session:
         }
         for mode, seconds in outcome.samples.items() or [("", [])]:
             row = {**common, "mode": mode, "samples": len(seconds)}
+            if mode == "graph" and outcome.first is not None:
+                row["first_ms"] = _round(outcome.first + outcome.captured, 1e3)
             if seconds:
                 row |= {
                     f"{key}_ms": _round(quantile(seconds, q), 1e3)
@@ -248,10 +279,12 @@ class Session:
             yield row
 
     def _rates(self, subject: Subject, name: str, seconds: float) -> dict[str, Any]:
-        if subject.work is None:
+        work = subject.work(name)
+        if work is None:
             return {}
-        ceilings, work, out = self.ceilings, subject.work, {}
-        matmul = ceilings.matmul.get(subject.dtype(name), ceilings.matmul["float32"])
+        ceilings, out, dtype = self.ceilings, {}, subject.dtype(name)
+        kind = KINDS.get(dtype, dtype)
+        matmul = ceilings.matmul.get(kind, ceilings.matmul["float32"])
         for key, share, amount, best in (
             ("gbps", "copy_share", work.bytes, ceilings.copy),
             ("gflops", "matmul_share", work.flops, matmul),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,19 +34,23 @@ class Store:
         """Add rows of one run; they replace those of the same case, variant, mode and threads.
 
         A row without a mode, which says that there is no figure, replaces and is replaced by all.
+        But what was measured stays where the new run only models it or could not run it here. The
+        files change at once or not at all.
         """
         old = load(self.json) if self.json.is_file() else {"runs": {}, "rows": []}
         name = _run_name(run)
         new = [{**row, "run": name} for row in rows]
+        new = [n for n in new if not any(_stays(row, n) for row in old["rows"])]
         kept = [row for row in old["rows"] if not any(_replaces(n, row) for n in new)] + new
         used = {row["run"] for row in kept}
         runs = {k: v for k, v in {**old["runs"], name: dict(run)}.items() if k in used}
         self.json.parent.mkdir(parents=True, exist_ok=True)
-        self.json.write_text(json.dumps({"runs": runs, "rows": kept}, indent=1) + "\n")
-        with self.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept)
+        _write(self.json, json.dumps({"runs": runs, "rows": kept}, indent=1) + "\n")
+        _write(self.csv, table.getvalue())
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -64,11 +69,33 @@ def load(path: Path) -> dict[str, Any]:
     return record
 
 
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether both are of one variant on one case, whatever the mode."""
+    return _key({**a, "mode": ""}) == _key({**b, "mode": ""})
+
+
+def _mode(row: Mapping[str, Any]) -> str:
+    """Mode of a row with a measured figure, "" of any other."""
+    mode = str(row.get("mode") or "")
+    return "" if mode == "modelled" else mode
+
+
+def _stays(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether an old row has a measured figure, and the new one only less to say."""
+    less = new.get("mode") == "modelled" or new.get("status") == "not run"
+    return less and bool(_mode(old)) and _same(old, new)
+
+
 def _replaces(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
     """Whether both are of one case and mode, or one of them says that there is no figure."""
-    modes = {str(row.get("mode") or "") for row in (new, old)}
-    same = _key({**new, "mode": ""}) == _key({**old, "mode": ""})
-    return same and (len(modes) == 1 or "" in modes)
+    modes = {_mode(row) for row in (new, old)}
+    return _same(new, old) and (len(modes) == 1 or "" in modes)
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, ...]:

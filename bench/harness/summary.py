@@ -15,7 +15,7 @@ __all__ = ["lines"]
 
 HEADER = (
     *("variant", "p50 ms", "p20", "p80", "paired ratio", "GB/s", "GFLOP/s", "Gexp/s", "peak MiB"),
-    *("first s", ""),
+    "",
 )
 
 
@@ -33,10 +33,14 @@ def lines(session: Session) -> Iterator[str]:
         f"exp {c.exp / 1e9:,.2f} G/s"
     )
     by_case = sorted(session.rows, key=_case)
-    for (op, case, dtype, mode), rows in groupby(by_case, key=_case):
+    for (op, case, dtype, mode), group in groupby(by_case, key=_case):
+        rows = list(group)
         yield ""
         yield " ".join(filter(None, (f"{op} {case}", dtype, mode and f"({mode})")))
         yield render(HEADER, [_cells(row) for row in rows])
+        first = [f"{r['variant']} {_number(r['first_ms'] / 1e3)}" for r in rows if r["first_ms"]]
+        if first:
+            yield f"first call (made, built, loaded, captured), s: {', '.join(first)}"
 
 
 def _case(row: dict[str, Any]) -> tuple[str, str, str, str]:
@@ -63,7 +67,6 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
             )
         ),
         _number(row["peak_mib"]),
-        _number(row["first_ms"] and row["first_ms"] / 1e3),
         ": ".join(filter(None, (status, row["note"]))),
     )
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from efrdn_fast.testing import TOLERANCES, assert_within
 
-__all__ = ["ExpCounter", "Work", "counted", "largest_error"]
+__all__ = ["ExpCounter", "Work", "counted", "largest_error", "work_of"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,15 @@ def counted(
         tensors = [t for t in tree_leaves((list(args), out)) if isinstance(t, Tensor)]
         moved = sum(t.numel() * t.element_size() for t in tensors)
     return out, Work(flops.get_total_flops(), exps.softmax, moved)
+
+
+def work_of(case: Any, dtype: torch.dtype, moved: int | None = None) -> Work:
+    """Least work of a case of `efrdn_fast.cases`, counted on the meta device: nothing is computed.
+
+    Args:
+        moved: See `counted`.
+    """
+    return counted(case.reference, case.args(dtype, "meta"), dtype, moved)[1]
 
 
 def largest_error(name: str, out: Any, exact: Any, plain: Any) -> float:
