@@ -245,3 +245,25 @@ def test_token_fold_backward(shape, width, dtype, layout, options):
     arrays = {**rows, **weights}  # the map is the gradient: the op does not need x
     numbers = {"width": width, "hidden": hidden, "mean": mean}
     assert_gradients("token_fold_bwd", arrays, args, options, exact, grad, **numbers)
+
+
+@pytest.mark.parametrize("op", ["token_qkv", "token_fold"])
+def test_token_backward_of_maps_with_64_bit_offsets(op):
+    shape, width = (2, 3, 2, 3), 7
+    x = testing.make_input(shape, layout="channels_last")
+    if op == "token_qkv":
+        weights = qkv_weights(3, width, width, FP32)
+        arrays = {"grad": tokens(shape, width, FP32, seed=7), **as_arrays(weights)}
+        args, numbers = weights, {"inner": width, "outer": width}
+    else:
+        rows = {name: tokens(shape, width, FP32, seed=1) for name in "ah"}
+        args = arrays = {**rows, **fold_weights(3, width, width, FP32)}
+        numbers = {"width": width, "hidden": width, "mean": 1}
+    outs = {f"grad_{name}": poison(value) for name, value in {"x": x, **args}.items()}
+    near = launch(f"{op}_bwd", arrays, x, outs, "", **numbers)
+    step = (1 << 31) + 16
+    outs["grad_x"] = simt.Sparse(torch.full_like(x, torch.nan), (step, 3 * 3, 3))
+    arrays = {**arrays, "x": simt.Sparse(x, (2 * step, step, 3))}
+    far = launch(f"{op}_bwd", arrays, x, outs, "", **numbers)
+    for name, value in near.items():
+        assert torch.equal(far[name], value), name
