@@ -1,24 +1,29 @@
 """What tiles change: whole image against tiles, exact bands and fixed attention segments.
 
-    python bench/tiles.py --benchmark DATA --json tiles.json --page docs/tiles.md
+    python -m bench.tiles --benchmark DATA --json tiles.json --page docs/tiles.md
 
 Per image and way: PSNR against the whole image (RGB, peak 1), the largest difference of a pixel in
-grey levels of 255, and the PSNR against the original (Y, border cut) minus that of the whole image.
-The JSON is written after every image; the page gets the table of what is in it.
+grey levels of 255, the PSNR against the original (Y, border cut) minus that of the whole image, and
+seconds. All ways but the exact one run `EFRDNFast`, as `efrdn upscale` does. The JSON is written
+after every image and names the weights; the same command goes on from there. The page gets the
+table of what is in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from efrdn_fast import benchmarks, metrics
+from bench.harness import provenance
+from efrdn_fast import benchmarks, checkpoint, metrics
 from efrdn_fast.upscaler import Upscaler
 
 __all__ = ["WAYS", "main", "table"]
@@ -37,38 +42,73 @@ def main() -> int:
     parser.add_argument("--benchmark", type=Path, help="folder of sets; without it only the page")
     parser.add_argument("--sets", nargs="+", default=["Set14", "BSD100"])
     parser.add_argument("--scale", type=int, default=4)
+    parser.add_argument("--weights", help="x2, x3, x4 or a checkpoint (default: x<scale>)")
     parser.add_argument("--limit", type=int, help="images of each set (default: all)")
     parser.add_argument("--json", type=Path, required=True, help="kept and continued if it exists")
     parser.add_argument("--page", type=Path, help="page whose table is replaced")
     args = parser.parse_args()
-    rows = json.loads(args.json.read_text())["images"] if args.json.exists() else []
-    known = {(row["set"], row["image"]) for row in rows}
-    for image_set in benchmarks.discover(args.benchmark, args.sets) if args.benchmark else ():
-        for pair in benchmarks.find_pairs(image_set, args.scale)[: args.limit]:
-            if (image_set.name, pair.name) in known:
-                continue
-            measured = _measure(*benchmarks.load_pair(pair, args.scale), args.scale)
-            rows.append({"set": image_set.name, "image": pair.name, "ways": measured})
-            summary = {"scale": args.scale, "torch": torch.__version__, "images": rows}
-            args.json.write_text(json.dumps(summary, indent=1) + "\n")
+    found = json.loads(args.json.read_text()) if args.json.exists() else {"images": []}
+    if args.benchmark:
+        weights = _weights(args.weights or f"x{args.scale}")
+        if found["images"] and not _continues(found, weights, args.scale):
+            print(
+                f"bench.tiles: error: {args.json} holds figures of other weights or another scale; "
+                "name another file or delete it",
+                file=sys.stderr,
+            )
+            return 1
+        found |= {"run": provenance.record(torch.device("cpu"))}
+        found |= {"scale": args.scale, "weights": weights}
+        _fill(found, args)
     if args.page:
         before, _, rest = args.page.read_text().partition(BEGIN)
-        args.page.write_text(before + BEGIN + table(rows) + END + rest.partition(END)[2])
-    print(table(rows), end="")
+        args.page.write_text(before + BEGIN + table(found) + END + rest.partition(END)[2])
+    print(table(found), end="")
     return 0
 
 
-def _measure(lr, hr, scale: int) -> dict[str, dict[str, float]]:
+def _weights(source: str) -> dict:
+    """What tells these weights from others."""
+    path = checkpoint.resolve(source)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"file": path.name, "sha256": digest, "training": checkpoint.load(path).training}
+
+
+def _continues(found: dict, weights: dict, scale: int) -> bool:
+    same = found.get("weights", {}).get("sha256") == weights["sha256"]
+    return same and found.get("scale") == scale
+
+
+def _fill(found: dict, args: argparse.Namespace) -> None:
+    """Measure the images that `found` lacks; it is stored after each."""
+    rows = found["images"]
+    known = {(row["set"], row["image"]) for row in rows}
+    for image_set in benchmarks.discover(args.benchmark, args.sets):
+        for pair in benchmarks.find_pairs(image_set, args.scale)[: args.limit]:
+            if (image_set.name, pair.name) in known:
+                continue
+            lr, hr = benchmarks.load_pair(pair, args.scale)
+            measured = _measure(lr, hr, args.scale, args.weights)
+            rows.append({"set": image_set.name, "image": pair.name, "ways": measured})
+            checkpoint.atomic_write(args.json, (json.dumps(found, indent=1) + "\n").encode())
+            seconds = ", ".join(f"{way} {m['seconds']:.2f} s" for way, m in measured.items())
+            print(f"{image_set.name} {pair.name}: {seconds}", file=sys.stderr)
+
+
+def _measure(lr, hr, scale: int, weights: str | None) -> dict[str, dict[str, float]]:
     x, y = (torch.tensor(p).permute(2, 0, 1)[None].float() / 255 for p in (lr, hr))
-    whole = Upscaler(scale, tile=0).tensor(x)
+    whole = Upscaler(scale, weights, tile=0).tensor(x)
     best = metrics.psnr(whole, y, scale)
     found = {}
     for name, options in WAYS.items():
-        other = Upscaler(scale, **options).tensor(x)
+        upscaler = Upscaler(scale, weights, **options)
+        start = time.perf_counter()
+        other = upscaler.tensor(x)
         found[name] = {
             "psnr_to_whole": _psnr(other, whole),
             "largest": (other - whole).abs().max().item() * 255,
             "gain": metrics.psnr(other, y, scale) - best,
+            "seconds": round(time.perf_counter() - start, 3),
         }
     return found
 
@@ -78,8 +118,9 @@ def _psnr(a: Tensor, b: Tensor) -> float:
     return 10 * math.log10(1 / error) if error else math.inf
 
 
-def table(rows: list[dict]) -> str:
-    """Means over each set; of the largest differences the largest."""
+def table(found: dict) -> str:
+    """Means over each set; of the largest differences the largest. Which weights, below."""
+    rows = found["images"]
     lines = [
         "| set | images | way | PSNR to the whole image | largest difference of 255 | "
         "PSNR to the original |\n",
@@ -89,12 +130,15 @@ def table(rows: list[dict]) -> str:
         of_set = [row["ways"] for row in rows if row["set"] == name]
         for way in WAYS:
             figures = [ways[way] for ways in of_set]
-            mean = {k: sum(f[k] for f in figures) / len(figures) for k in figures[0]}
+            keys = "psnr_to_whole", "gain"
+            mean = {key: sum(f[key] for f in figures) / len(figures) for key in keys}
             largest = max(f["largest"] for f in figures)
             lines.append(
                 f"| {name} | {len(figures)} | {way} | {mean['psnr_to_whole']:.1f} dB | "
                 f"{largest:.3g} | {mean['gain']:+.4f} dB |\n"
             )
+    weights = found["weights"]
+    lines.append(f"\nWeights: `{weights['file']}`, sha256 `{weights['sha256'][:16]}`.\n")
     return "".join(lines)
 
 

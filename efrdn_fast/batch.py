@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from .upscaler import Upscaler
 
 __all__ = ["Job", "Result", "is_video", "plan", "process"]
 
-WRITABLE_VIDEOS = tuple(ext for ext in video.EXTENSIONS if ext != ".avi")
+NAMED_FORMAT = re.compile(r"\.[a-z][a-z0-9]{1,4}", re.IGNORECASE)
 READ_EXTENSIONS = (*FORMATS, ".gif", ".jfif")
 # What one bad file may raise; anything else is a bug and stops the run.
 FILE_ERRORS = (ValueError, TypeError, OSError, MemoryError, RuntimeError, ImportError)
@@ -77,16 +80,17 @@ def plan(
     extension (default: beside the file). The suffix is by default `_x<scale>` for results beside
     their source and empty elsewhere; `ext` "auto" keeps the extension where it can be written and
     is .png otherwise. Results of an earlier run that lie among the inputs are not upscaled again.
-    Videos are taken one by one, not from folders, and keep their extension but for .avi, which
-    becomes .mkv. `-` is standard input or output, for one image.
+    Videos are taken one by one, not from folders, and keep their extension where it is in
+    `video.WRITABLE`, else become .mkv. `-` is standard input or output, for one image.
 
     Raises:
-        ValueError: `output` names one file for several inputs, or `-` stands where it cannot.
+        ValueError: `output` names one file for several inputs, or a format that cannot be written,
+            or `-` stands where it cannot.
     """
     if STREAM in (output, *inputs):
         return [_stream(inputs, output, ext)]
-    named = output is not None and output.suffix.lower() in (*FORMATS, *WRITABLE_VIDEOS)
-    exact = named and not output.is_dir()
+    fresh = output is not None and not output.is_dir()
+    exact = fresh and output.suffix.lower() in (*FORMATS, *video.WRITABLE)
     if exact and (len(inputs) > 1 or inputs[0].is_dir()):
         raise ValueError(f"output {str(output)!r} is one file, but there may be several results")
     if exact:
@@ -94,6 +98,13 @@ def plan(
         if is_video(inputs[0]) != is_video(output):
             error = f"{inputs[0]} cannot become {output}: one is a video, the other an image"
         return [Job(inputs[0], output, error=error)]
+    single = len(inputs) == 1 and not inputs[0].is_dir()
+    if fresh and single and NAMED_FORMAT.fullmatch(output.suffix):
+        can = video.WRITABLE if is_video(inputs[0]) else FORMATS
+        raise ValueError(
+            f"output {str(output)!r}: cannot write {output.suffix}; use one of {', '.join(can)} "
+            "(if a folder is meant, make it first)"
+        )
     jobs = []
     for path in inputs:
         if not path.is_dir():
@@ -104,7 +115,9 @@ def plan(
         found, troubles = _scan(path, recursive, None if _key(folder) == _key(path) else folder)
         jobs += [Job(path, error=trouble) for trouble in troubles]
         if not found and not troubles:
-            jobs.append(Job(path, error=f"no images in this folder ({' '.join(READ_EXTENSIONS)})"))
+            kinds = " ".join(READ_EXTENSIONS)
+            text = f"no images in this folder ({kinds}); videos are named one by one"
+            jobs.append(Job(path, error=text))
         jobs += [
             _job(file, folder / file.parent.relative_to(path), scale, suffix, ext) for file in found
         ]
@@ -134,8 +147,8 @@ def process(
         start = time.perf_counter()
         names = str(job.source), str(job.target) if job.target else None
         skip = job.skip
-        piped = job.target == STREAM
-        if job.target and not (job.error or overwrite or piped) and job.target.exists():
+        kept = job.target and not (job.error or overwrite or job.target == STREAM)
+        if kept and job.target.exists():
             skip = "exists already"
         if skip:
             yield Result(*names, "skipped", skip)
@@ -143,31 +156,27 @@ def process(
         try:
             if job.error:
                 raise ValueError(job.error)
-            if is_video(job.source):
-                made = video.upscale_video(
-                    job.source, job.target, upscaler, video_options, frame_progress
-                )
-                size = made.form.out_width, made.form.out_height
-                yield Result(*names, "done", seconds=_since(start), size=size, **_how(upscaler))
-                continue
-            picture = images.read(job.source, max_pixels)
-            extension = job.target.suffix.lower()
-            if piped:
-                extension = job.extension or picture.extension
-            pixels = _upscale(picture.pixels, job.target, extension, upscaler, progress)
-            metadata = picture.metadata
-            if strip_metadata:
-                metadata = Metadata(icc=metadata.icc)
-            elif scale_dpi:
-                metadata = metadata.denser(upscaler.scale)
-            images.write(job.target, Picture(pixels, metadata, extension))
+            with _naming(names[0]):
+                if is_video(job.source):
+                    made = video.upscale_video(
+                        job.source, job.target, upscaler, video_options, frame_progress
+                    )
+                    size = made.form.out_width, made.form.out_height
+                else:
+                    picture = images.read(job.source, max_pixels)
+                    picture = _upscale(picture, job, upscaler, progress)
+                    metadata = picture.metadata
+                    if strip_metadata:
+                        metadata = Metadata(icc=metadata.icc)
+                    elif scale_dpi:
+                        metadata = metadata.denser(upscaler.scale)
+                    images.write(job.target, dataclasses.replace(picture, metadata=metadata))
+                    size = picture.pixels.shape[1], picture.pixels.shape[0]
         except FILE_ERRORS as error:
             text = " ".join(str(error).split()) or type(error).__name__
             text = text if text.startswith(names[0]) else f"{names[0]}: {text}"
             yield Result(*names, "failed", text, seconds=_since(start))
             continue
-        height, width = pixels.shape[:2]
-        size = width, height
         yield Result(*names, "done", seconds=_since(start), size=size, **_how(upscaler))
 
 
@@ -180,14 +189,29 @@ def _how(upscaler: Upscaler) -> dict:
     return dataclasses.asdict(upscaler.outcome) if upscaler.outcome else {}
 
 
-def _upscale(
-    pixels: np.ndarray,
-    target: Path,
-    extension: str,
-    upscaler: Upscaler,
-    progress: Progress | None,
-) -> np.ndarray:
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Warnings of the block begin with `source`, as errors do."""
+    show = warnings.showwarning
+
+    def named(message, category, *rest, **more) -> None:
+        text = str(message)
+        text = text if text.startswith(source) else f"{source}: {text}"
+        show(category(text), category, *rest, **more)
+
+    warnings.showwarning = named
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+
+
+def _upscale(picture: Picture, job: Job, upscaler: Upscaler, progress: Progress | None) -> Picture:
     """The network's work, begun only when the result can be stored."""
+    pixels, target = picture.pixels, job.target
+    extension = target.suffix.lower()
+    if target == STREAM:
+        extension = job.extension or picture.extension
     bits = 8 * pixels.itemsize
     most = 1 if pixels.dtype == np.float32 else np.iinfo(pixels.dtype).max
     opaque = pixels.shape[2] in (2, 4) and pixels[..., -1].min() == most
@@ -199,7 +223,7 @@ def _upscale(
     parent = next(p for p in target.absolute().parents if p.exists())
     if not os.access(parent, os.W_OK):
         raise PermissionError(f"{target}: cannot be written: no permission in {parent}")
-    return upscaler.array(pixels, progress)
+    return Picture(upscaler.array(pixels, progress), picture.metadata, extension)
 
 
 def _stream(inputs: Sequence[Path], output: Path | None, ext: str) -> Job:
@@ -218,7 +242,7 @@ def _job(source: Path, folder: Path, scale: int, suffix: str | None, ext: str) -
     if suffix is None:
         suffix = f"_x{scale}" if beside else ""
     if is_video(source):
-        kept, ext = source.suffix if source.suffix.lower() in WRITABLE_VIDEOS else ".mkv", "auto"
+        kept, ext = source.suffix if source.suffix.lower() in video.WRITABLE else ".mkv", "auto"
     else:
         kept = source.suffix if source.suffix.lower() in FORMATS else ".png"
     target = folder / f"{source.stem}{suffix}{kept if ext == 'auto' else f'.{ext}'}"
@@ -230,25 +254,33 @@ def _job(source: Path, folder: Path, scale: int, suffix: str | None, ext: str) -
 def _without_clashes(jobs: list[Job]) -> list[Job]:
     """Mark inputs that are results of others, and results that two inputs would share."""
     sources = {_key(job.source): job.source for job in jobs}
-    owner: dict[str, Path] = {}
+    replacing = {
+        id(job)
+        for job in jobs
+        if job.target and job.target.stem == job.source.stem and _key(job.target) in sources
+    }
+    owner: dict[str, Job] = {}
+    # What keeps its format goes before what changes it.
+    for job in sorted(
+        jobs, key=lambda job: not job.target or job.target.suffix != job.source.suffix
+    ):
+        if job.target and not job.error and id(job) not in replacing:
+            owner.setdefault(_key(job.target), job)
     checked = []
     for job in jobs:
+        made_by = owner.get(_key(job.source))
+        if made_by and made_by.source != job.source:
+            checked.append(Job(job.source, skip=f"is the result of {made_by.source}"))
+            continue
         if job.target and not job.error:
             key = _key(job.target)
-            if key in owner:
-                taken = f"{job.target} is already the result of {owner[key]}; use --suffix or --ext"
-                job = dataclasses.replace(job, error=taken)
-            elif key in sources and job.target.stem == job.source.stem:
+            if id(job) in replacing:
                 job = dataclasses.replace(job, error=f"the result would replace {sources[key]}")
-            else:
-                owner[key] = job.source
+            elif owner[key] is not job:
+                taken = f"{job.target} is already the result of {owner[key].source}"
+                job = dataclasses.replace(job, error=f"{taken}; use --suffix or --ext")
         checked.append(job)
-    return [
-        Job(job.source, skip=f"is the result of {owner[_key(job.source)]}")
-        if _key(job.source) in owner and owner[_key(job.source)] != job.source
-        else job
-        for job in checked
-    ]
+    return checked
 
 
 def _scan(root: Path, recursive: bool, leave_out: Path | None) -> tuple[list[Path], list[str]]:

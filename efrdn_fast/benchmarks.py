@@ -189,6 +189,6 @@ def read_rgb(path: str | os.PathLike) -> np.ndarray:
     elif pixels.shape[2] in (2, 4) and pixels[..., -1].min() < 255:
         problem = "transparent pixels"
     if problem:
-        raise ValueError(f"{path}: {problem}; benchmark images are 8-bit RGB or gray")
+        raise ValueError(f"{path}: {problem}; 8-bit RGB or gray is needed here")
     colours = 1 if pixels.shape[2] < 3 else 3
     return np.array(np.broadcast_to(pixels[..., :colours], (*pixels.shape[:2], 3)))

@@ -35,7 +35,7 @@ def page(
     Raises:
         ValueError, OSError: A picture cannot be read, or the sizes do not belong together.
     """
-    lr, sr = (_eight_bits(images.read(path).pixels) for path in (lr_path, sr_path))
+    (lr, lr_icc), (sr, sr_icc) = (_read(path) for path in (lr_path, sr_path))
     scale = sr.shape[0] // lr.shape[0]
     if scale < 1 or sr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
         raise ValueError(
@@ -44,9 +44,9 @@ def page(
     planes = torch.tensor(lr).permute(2, 0, 1)
     large = imresize(planes, scale).permute(1, 2, 0).numpy() if scale > 1 else lr
     shown = {"LR, bicubic": large, "SR": sr}
-    notes = dict.fromkeys(shown, "")
+    notes, profiles = dict.fromkeys(shown, ""), dict(zip(shown, (lr_icc, sr_icc), strict=True))
     if hr_path is not None:
-        hr = _eight_bits(images.read(hr_path).pixels)
+        hr, profiles["HR"] = _read(hr_path)
         hr = hr[: hr.shape[0] // scale * scale, : hr.shape[1] // scale * scale]  # as LR was made
         if hr.shape[:2] != sr.shape[:2]:
             raise ValueError(f"{hr_path} ({_size(hr)} px) is not of the size of {sr_path}")
@@ -58,7 +58,7 @@ def page(
             "note": notes[name],
             "width": pixels.shape[1],
             "height": pixels.shape[0],
-            "data": f"data:image/png;base64,{_png(pixels)}",
+            "data": f"data:image/png;base64,{_png(pixels, profiles[name])}",
         }
         for name, pixels in shown.items()
     ]
@@ -78,6 +78,12 @@ def _note(pixels: np.ndarray, hr: np.ndarray, scale: int) -> str:
     return f"{psnr:.2f} dB / {ssim:.4f}"
 
 
+def _read(path: str | os.PathLike) -> tuple[np.ndarray, bytes]:
+    """Pixels of 8 bits, and the profile without which their colours would be others."""
+    picture = images.read(path)
+    return _eight_bits(picture.pixels), picture.metadata.icc
+
+
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype == np.uint8:
         return pixels
@@ -85,8 +91,8 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
     return (pixels.astype(np.float32) * (255 / most)).round().astype(np.uint8)
 
 
-def _png(pixels: np.ndarray) -> str:
-    return base64.b64encode(encode(pixels, Metadata(), "PNG")).decode()
+def _png(pixels: np.ndarray, icc: bytes) -> str:
+    return base64.b64encode(encode(pixels, Metadata(icc=icc), "PNG")).decode()
 
 
 def _size(pixels: np.ndarray) -> str:

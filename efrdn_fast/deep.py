@@ -76,10 +76,8 @@ def float_colour(data: bytes, tags: dict, max_pixels: int) -> np.ndarray | None:
         or set(formats) != {FLOATING}
         or PREMULTIPLIED in _tuple(tags.get(EXTRA, ()))
     ):
-        raise ValueError(
-            f"floating TIFF of {bits[0]} bits or with premultiplied alpha; "
-            "save it with 32 bits and plain alpha first"
-        )
+        what = "with premultiplied alpha" if set(bits) == {32} else f"of {bits[0]} bits"
+        raise ValueError(f"floating TIFF {what}; save it with 32 bits and plain alpha first")
     decoded = _opencv(data, "floating colour")
     if decoded is None or decoded.dtype != np.float32 or decoded.ndim != 3:
         raise ValueError("floating colour that OpenCV cannot decode; save it uncompressed first")

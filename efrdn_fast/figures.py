@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = ["errors", "features", "pictures", "read_points", "save", "scatter", "
 
 Box = tuple[int, int, int, int]  # left, top, width, height in HR pixels
 MARK = "#e8112d"
+OURS = "EFRDN (ours)"
 LABELS = {
     "multi_adds_g": "Multi-Adds (G)",
     "params_k": "parameters (K)",
@@ -43,7 +45,7 @@ def pictures(
     lr_path: str | os.PathLike | None = None,
     results: Mapping[str, str | os.PathLike] | None = None,
 ) -> dict[str, np.ndarray]:
-    """{name: uint8 `[H, W, 3]`}: "bicubic", the given results, "EFRDN (ours)", "HR", in this order.
+    """{name: uint8 `[H, W, 3]`}: "bicubic", the given results, `OURS`, "HR", in this order.
 
     Args:
         upscaler: An `upscaler.Upscaler`; its scale is that of the figure.
@@ -51,7 +53,7 @@ def pictures(
         results: Name -> file of other methods, of the size of HR.
 
     Raises:
-        ValueError: A size that does not fit.
+        ValueError: A size that does not fit; a name that another picture has.
     """
     scale = upscaler.scale
     pair = benchmarks.Pair(Path(hr_path).stem, Path(hr_path), Path(lr_path) if lr_path else None)
@@ -59,6 +61,8 @@ def pictures(
     planes = torch.tensor(lr).permute(2, 0, 1)
     found = {"bicubic": imresize(planes, scale).permute(1, 2, 0).numpy()}
     for name, path in (results or {}).items():
+        if name in ("bicubic", OURS, "HR"):
+            raise ValueError(f"{path}: the name {name!r} is taken; give it another")
         pixels = images.read(path).pixels
         if pixels.shape != hr.shape or pixels.dtype != np.uint8:
             raise ValueError(
@@ -66,7 +70,7 @@ def pictures(
                 f"got {pixels.dtype} {pixels.shape[1]}x{pixels.shape[0]}x{pixels.shape[2]}"
             )
         found[name] = pixels
-    return {**found, "EFRDN (ours)": upscaler.array(lr), "HR": hr}
+    return {**found, OURS: upscaler.array(lr), "HR": hr}
 
 
 def strip(shown: Mapping[str, np.ndarray], box: Box, scale: int, title: str = ""):
@@ -159,6 +163,8 @@ def scatter(points: Sequence[Mapping], x: str, y: str, size: str | None = None):
     """
     plt = _matplotlib()
     figure, axes = plt.subplots(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    if size and min(p[size] for p in points) <= 0:
+        raise ValueError(f"{size} is the area of markers and must be above 0")
     most = max(float(p[size]) for p in points) if size else 1.0
     for point in points:
         area = 60 + 500 * float(point[size]) / most if size else 90
@@ -172,6 +178,9 @@ def scatter(points: Sequence[Mapping], x: str, y: str, size: str | None = None):
     values = [float(p[x]) for p in points]
     if min(values) > 0 and max(values) / min(values) > 10:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter("")
     axes.margins(0.14, 0.18)
     axes.grid(True, linewidth=0.4, alpha=0.6)
     axes.set_xlabel(LABELS.get(x, x))
@@ -180,15 +189,17 @@ def scatter(points: Sequence[Mapping], x: str, y: str, size: str | None = None):
 
 
 def read_points(paths: Iterable[str | os.PathLike], keys: Sequence[str]) -> list[dict]:
-    """Rows of JSON files, each a list of objects with "name" and `keys`.
+    """Rows of JSON files, each a list of objects with "name" and numbers at `keys`.
 
     Raises:
-        ValueError: Another file; a row without one of the keys, named.
+        ValueError: Another file; a row without a number at one of the keys, named.
     """
     rows = []
     for path in paths:
         try:
             found = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise OSError(f"{path}: {error.strerror}") from error
         except ValueError as error:
             raise ValueError(f"{path}: no JSON: {error}") from error
         if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
@@ -197,6 +208,12 @@ def read_points(paths: Iterable[str | os.PathLike], keys: Sequence[str]) -> list
             missing = [key for key in ("name", *keys) if key not in row]
             if missing:
                 raise ValueError(f"{path}: {row.get('name', row)} has no {', '.join(missing)}")
+            wrong = [key for key in keys if not _is_number(row[key])]
+            if wrong:
+                raise ValueError(
+                    f"{path}: {wrong[0]} of {row['name']} must be a finite number, "
+                    f"got {row[wrong[0]]!r}"
+                )
         rows += found
     if not rows:
         raise ValueError("no point to draw")
@@ -221,6 +238,11 @@ def save(figure, paths: Iterable[str | os.PathLike]) -> list[Path]:
         atomic_write(path, file.getvalue())
     plt.close(figure)
     return written
+
+
+def _is_number(value: object) -> bool:
+    kind = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return kind and math.isfinite(value)
 
 
 def _matplotlib():

@@ -75,7 +75,7 @@ def collect(image: Image.Image) -> tuple[Metadata, int]:
     except Exception:  # Pillow's EXIF parser raises nearly anything on damaged blocks
         exif, orientation = b"", 1
     xmp = info.get("xmp") or b""
-    dpi = info.get("dpi")
+    dpi = info.get("dpi") if _tells_resolution(image, exif) else None
     try:
         dpi = (float(dpi[0]), float(dpi[1])) if dpi and min(dpi) > 0 else None
     except (TypeError, ValueError, ZeroDivisionError):
@@ -170,8 +170,18 @@ def _raw_exif(image: Image.Image) -> bytes:
     return raw
 
 
+def _tells_resolution(image: Image.Image, exif: bytes) -> bool:
+    """Whether the resolution stands in the file; Pillow makes one up for a TIFF or JPEG without."""
+    if image.format == "TIFF":
+        return RESOLUTION[0] in image.tag_v2
+    if image.format in ("JPEG", "MPO") and not image.info.get("jfif_unit"):
+        return bool(exif) and RESOLUTION[0] in image.getexif()
+    return True
+
+
 def _own_exif(exif: Image.Exif) -> bytes:
-    """The block without the tags that belong to a TIFF file's pixels."""
+    """The block without the tags that belong to a TIFF file's pixels; never of the BigTIFF kind."""
+    exif.bigtiff = False
     for tag in NOT_EXIF & set(exif):
         del exif[tag]
     return exif.tobytes() if len(exif) else b""

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,12 @@ from .upscaler import Upscaler
 from .video_format import Form, av_module, encoder, form_of, frame_of, pixels_of
 from .video_parts import Parts
 
-__all__ = ["EXTENSIONS", "Plan", "VideoOptions", "plan_video", "upscale_video"]
+__all__ = ["EXTENSIONS", "WRITABLE", "Plan", "VideoOptions", "plan_video", "upscale_video"]
 
-EXTENSIONS = (".mp4", ".mkv", ".mov", ".webm", ".m4v", ".avi")
-"""Videos that are read; all but .avi are written."""
+WRITABLE = (".mp4", ".mkv", ".mov", ".webm", ".m4v")
+"""Videos that are written."""
+EXTENSIONS = (*WRITABLE, ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg")
+"""Videos that are read."""
 COPIED = ("audio", "subtitle")
 
 FrameProgress = Callable[[int, int, float], None]  # frames done, frames in all (0: unknown), per s
@@ -54,6 +57,8 @@ class Plan:
     form: Form
     frames: int
     """Frames as the file tells or as its duration implies; 0 if neither."""
+    implied: bool
+    """Whether they follow from the duration, to which sound may add."""
     copied: tuple[str, ...]
     """Streams that are copied, in words."""
     left_out: tuple[str, ...]
@@ -64,7 +69,8 @@ class Plan:
     def lines(self) -> list[str]:
         """For a reader."""
         form = self.form
-        frames = f"{self.frames or 'an unknown number of'} frames"
+        about = "about " if self.implied else ""
+        frames = f"{about}{self.frames or 'an unknown number of'} frames"
         resumed = f", {self.done} of them done already" if self.done else ""
         return [
             f"{self.source} -> {self.target}",
@@ -94,12 +100,14 @@ def plan_video(
                 words = f"{other.type} {other.codec_context.name if other.codec_context else ''}"
                 (copied if other.type in COPIED else left_out).append(words.strip())
         _try_header(av, container, stream, target, form)
-        rate, length = stream.average_rate, stream.duration
-        frames = stream.frames or (
-            round(length * stream.time_base * rate) if length and rate else 0
-        )
+        length = stream.duration and stream.duration * stream.time_base
+        if not length and container.duration:  # Matroska tells that of the file only
+            length = Fraction(container.duration, av.time_base)
+        rate = stream.average_rate
+        implied = round(length * rate) if length and rate and not stream.frames else 0
+        frames = stream.frames or implied
         done = Parts(target, form, _fingerprint(source, upscaler)).frames
-    return Plan(source, target, form, frames, tuple(copied), tuple(left_out), done)
+    return Plan(source, target, form, frames, bool(implied), tuple(copied), tuple(left_out), done)
 
 
 def upscale_video(

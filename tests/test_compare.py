@@ -18,6 +18,8 @@ from PIL import Image
 from efrdn_fast import cli, images, metrics
 from efrdn_fast.compare_page import page
 from efrdn_fast.images import Picture
+from efrdn_fast.metadata import Metadata
+from tests.image_files import SRGB
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 RED, GREEN, BLUE = (250, 20, 20), (20, 220, 20), (20, 20, 250)
@@ -269,6 +271,8 @@ def test_the_command(files, tmp_path, capsys):
     assert cli.main(["compare", lr, sr, lr, "-o", str(tmp_path / "d.html")]) == 1
     assert "is not of the size of" in capsys.readouterr().err
     assert not (tmp_path / "d.html").exists()
+    assert cli.main(["compare", lr, sr, "-o", str(tmp_path / "d.png")]) == 1
+    assert "written as .html" in capsys.readouterr().err and not (tmp_path / "d.png").exists()
 
 
 def test_notes_are_the_measures_of_evaluation(tmp_path):
@@ -279,6 +283,24 @@ def test_notes_are_the_measures_of_evaluation(tmp_path):
     assert f"{metrics.psnr(sr, hr, 4):.2f} dB / {metrics.ssim(sr, hr, 4):.4f}" in text
 
 
+def embedded(text, name):
+    """Picture `name` of a page."""
+    data = re.search(rf'"name": "{name}".*?base64,([^"]+)"', text)[1]
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+def test_colours_are_those_of_the_files(tmp_path):
+    """A browser shows a picture without its profile in the colours of sRGB."""
+    paths = []
+    for name, edge in (("lr", 8), ("sr", 16), ("hr", 16)):
+        metadata = Metadata(icc=SRGB if name != "sr" else b"")
+        picture = Picture(np.zeros((edge, edge, 3), np.uint8), metadata)
+        paths.append(images.write(tmp_path / f"{name}.png", picture))
+    text = page(*paths)
+    profiles = [embedded(text, n).info.get("icc_profile") for n in ("LR, bicubic", "SR", "HR")]
+    assert profiles == [SRGB, None, SRGB]
+
+
 @pytest.mark.parametrize("dtype, channels", [(np.uint16, 3), (np.float32, 1), (np.uint8, 4)])
 def test_pictures_of_every_kind(tmp_path, dtype, channels):
     most = 1 if dtype is np.float32 else np.iinfo(dtype).max
@@ -286,6 +308,5 @@ def test_pictures_of_every_kind(tmp_path, dtype, channels):
     for name, edge in (("lr", 8), ("sr", 16), ("hr", 17)):
         pixels = np.full((edge, edge, channels), most // 2 if most > 1 else 0.5, dtype)
         paths.append(images.write(tmp_path / f"{name}.tiff", Picture(pixels)))
-    data = re.search(r'"SR".*?base64,([^"]+)"', page(*paths))[1]
-    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    shown = np.asarray(embedded(page(*paths), "SR"))
     assert shown.dtype == np.uint8 and np.abs(shown.astype(int) - 127).max() <= 1

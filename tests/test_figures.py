@@ -127,6 +127,10 @@ def test_scatter(tmp_path, capsys):
     (axes,) = figure.axes
     assert [tuple(c.get_offsets()[0]) for c in axes.collections] == [(10, 30.1), (500, 30.6)]
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "time (ms)"
+    figure.draw_without_rendering()
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert {"10", "20", "50", "100", "200", "500"} <= set(labels)
+    assert not any(label.get_text() for label in axes.get_xticklabels(minor=True))
     figures.save(figure, [])
 
 
@@ -138,13 +142,25 @@ def test_scatter(tmp_path, capsys):
         (["errors", "hr.png", "--result", "a=small.png", "-o", "f.png"], "of 60x44 px as HR is"),
         (["scatter", "hr.png", "-o", "f.png"], "no JSON"),
         (["scatter", "p.json", "-o", "f.png"], "a has no multi_adds_g"),
-        (["scatter", "none.json", "-o", "f.png"], "none.json"),
+        (["scatter", "none.json", "-o", "f.png"], "none.json: No such file"),
+        (["scatter", "q.json", "-o", "f.png"], "q.json: psnr of a must be a finite number"),
+        (["scatter", "q.json", "-y", "n", "-o", "f.png"], "n of a must be a finite number"),
+        (["scatter", "q.json", "-y", "x", "-o", "f.png"], "x of a must be a finite number"),
+        (["scatter", "q.json", "-y", "z", "--area", "z", "-o", "f.png"], "must be above 0"),
+        (["errors", "hr.png", "--result", "HR=hr.png", "-o", "f.png"], "name 'HR' is taken"),
+        (
+            ["errors", "hr.png", "--result", "a=hr.png", "--result", "a=hr.png", "-o", "f.png"],
+            "two of --result have the same name",
+        ),
     ],
 )
 def test_errors_are_one_line(tmp_path, hr, weights, capsys, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     images.write("small.png", Picture(np.zeros((8, 8, 3), np.uint8)))
     (tmp_path / "p.json").write_text('[{"name": "a", "psnr": 1}]')
+    (tmp_path / "q.json").write_text(
+        '[{"name": "a", "multi_adds_g": 1, "psnr": null, "n": NaN, "x": "1", "z": 0}]'
+    )
     more = [] if words[0] == "scatter" else ["-s", 2, "-n", weights]
     status, _, errors = run(capsys, *words, *more)
     assert status == 1 and message in errors and len(errors.splitlines()) == 1

@@ -68,6 +68,38 @@ def test_metadata_crosses_formats(tmp_path):
     assert b"xmpmeta" in picture.metadata.xmp
 
 
+@pytest.mark.parametrize("name", ["a.tiff", "b.png", "c.jpg"])
+def test_bigtiff_gives_its_metadata_to_all(tmp_path, name, recwarn):
+    exif = Image.Exif()
+    exif[MAKE] = "Maker"
+    noise_image = Image.fromarray(noise(14, 18, 3, np.uint8))
+    noise_image.save(tmp_path / "big.tiff", big_tiff=True, exif=exif, dpi=(300, 300))
+    assert (tmp_path / "big.tiff").read_bytes()[2] == 43
+    after = read(write(tmp_path / name, read(tmp_path / "big.tiff"))).metadata
+    assert parse_exif(after.exif)[MAKE] == "Maker" and not recwarn.list
+    assert after.dpi == pytest.approx((300, 300), abs=0.02)
+
+
+@pytest.mark.parametrize("source", ["a.tiff", "a.jpg", "a.png", "b.jpg"])
+def test_no_resolution_is_made_up(tmp_path, source):
+    """Pillow tells of 1 dpi for a TIFF without resolution, of 72 for a JPEG with EXIF."""
+    exif = Image.Exif()
+    exif[MAKE] = "Maker"
+    more = {"exif": exif} if source != "b.jpg" else {}
+    Image.fromarray(noise(14, 18, 3, np.uint8)).save(tmp_path / source, **more)
+    picture = read(tmp_path / source)
+    assert picture.metadata.dpi is None and picture.metadata.denser(4).dpi is None
+    for name in ("c.tiff", "c.png", "c.jpg"):
+        assert read(write(tmp_path / name, picture)).metadata.dpi is None
+
+
+def test_resolution_in_exif_alone_counts(tmp_path):
+    exif = Image.Exif()
+    exif[XRES], exif[XRES + 1], exif[0x0128] = 240.0, 240.0, 2
+    Image.fromarray(noise(14, 18, 3, np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    assert read(tmp_path / "a.jpg").metadata.dpi == (240, 240)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff", "png16", "tiff16"])
 def test_orientation_is_applied_once(tmp_path, kind, orientation):

@@ -106,8 +106,12 @@ def test_two_inputs_for_one_result(here, upscale):
     picture("in/a.jpg")
     status, _, err = upscale("in", "-o", "out", "--ext", "png")
     assert status == 1 and tree("out") == ["a.png"]
-    assert len(err) == 1 and "already the result of in/a.jpg" in err[0] and "in/a.png" in err[0]
-    assert images.read("out/a.png").pixels.shape == (10, 14, 3)  # of the first, a.jpg
+    assert len(err) == 1 and "already the result of in/a.png" in err[0] and "in/a.jpg" in err[0]
+    assert images.read("out/a.png").pixels.shape == (12, 12, 3)  # of what keeps its format
+    picture("out2/b.gif")
+    picture("out2/b.jpg")
+    status, _, err = upscale("out2", "-o", "out2", "--ext", "png")
+    assert status == 1 and "already the result of out2/b.gif" in err[0]  # else the first
     status, _, err = upscale("in/a.png", "in/a.png", "-o", "twice")
     assert status == 1 and "already the result" in err[0]
 
@@ -132,6 +136,25 @@ def test_one_output_file_for_many_inputs_is_wrong_usage(here, upscale, capsys):
         with pytest.raises(SystemExit) as end:
             upscale(*words)
         assert end.value.code == 2 and "is one file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "source, output, can", [("a.png", "out.gif", ".png"), ("a.mp4", "out.avi", ".mp4")]
+)
+def test_a_format_that_cannot_be_written_is_no_folder(here, upscale, capsys, source, output, can):
+    picture("a.png")
+    with pytest.raises(SystemExit) as end:
+        upscale(source, "-o", output)
+    assert end.value.code == 2 and tree(here) == ["a.png"]
+    assert f"cannot write {Path(output).suffix}; use one of {can}" in capsys.readouterr().err
+    Path(output).mkdir()
+    assert upscale("a.png", "-o", output)[0] == 0 and tree(here) == ["a.png", f"{output}/a.png"]
+
+
+def test_dry_run_misses_files(here, upscale):
+    picture("a.png")
+    status, out, err = upscale("a.png", "b.png", "--dry-run")
+    assert status == 1 and out == ["a.png -> a_x2.png"] and "b.png: no such file" in err[0]
 
 
 def test_bad_files_are_named_and_the_others_done(here, upscale):
@@ -171,7 +194,7 @@ def test_bad_files_are_named_and_the_others_done(here, upscale):
     "words, message",
     [
         (["none"], "none: no such file"),
-        (["empty"], "no images in this folder (.png"),
+        (["empty"], "videos are named one by one"),
         (["a.png", "-s", "3"], "upscales by 2, not by 3"),
         (["a.png", "-n", "other.safetensors"], "checkpoint 'other.safetensors' does not exist"),
         (["a.png", "-n", "text.safetensors"], "not a readable safetensors file"),
@@ -281,7 +304,8 @@ def test_warnings_are_one_line(here, upscale, monkeypatch):
     status, _, err = upscale("a.png")
     assert status == 0
     assert len(err) == 1
-    assert err[0].startswith("efrdn upscale: warning: 80x64 px do not fit on cpu in one piece")
+    start = "efrdn upscale: warning: a.png: 80x64 px do not fit on cpu in one piece"
+    assert err[0].startswith(start)
 
 
 def test_full_disk_is_one_line_and_leaves_nothing(here, upscale, monkeypatch):

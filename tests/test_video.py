@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from efrdn_fast import cli, video, video_parts
+from efrdn_fast.batch import plan
 from efrdn_fast.config import EFRDNConfig
 from efrdn_fast.upscaler import Upscaler
 
@@ -140,6 +141,42 @@ def test_variable_rate_depth_and_colours(tmp_path, name, pixels, matrix, span):
         assert max(abs(a - b) for a, b in zip(middle(old), middle(new), strict=True)) <= 2
     assert packets(target, "audio") == packets(source, "audio")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted({name, target.name})
+
+
+@pytest.mark.parametrize("name, codec", [("a.ts", "libx264"), ("a.mpg", "mpeg2video")])
+def test_transport_streams_become_matroska(tmp_path, name, codec):
+    """Their time stamps begin somewhere, and sound stays where it was."""
+    source, target = tmp_path / name, tmp_path / "out.mkv"
+    with av.open(str(source), "w") as file:
+        stream = file.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        voice = file.add_stream("mp2", rate=44100, layout="mono")
+        for index in range(5):
+            rgb = np.full((24, 32, 3), colour(index), np.uint8)
+            frame = av.VideoFrame.from_ndarray(rgb, "rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = index, Fraction(1, 25)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+        for block in range(8):
+            wave = (np.sin(np.arange(1152) / 10 + block) * 8000).astype(np.int16)[None]
+            frame = av.AudioFrame.from_ndarray(wave, format="s16", layout="mono")
+            frame.sample_rate, frame.pts = 44100, block * 1152
+            file.mux(voice.encode(frame))
+        file.mux(voice.encode(None))
+    assert plan([source], None, scale=2)[0].target == tmp_path / "a_x2.mkv"
+    video.upscale_video(source, target, Upscaler(2, Twice()))
+    before, after = (frames(path) for path in (source, target))
+    assert len(after) == 5
+    assert [float(t) for t, _ in after] == pytest.approx([float(t) for t, _ in before], abs=1e-3)
+    heard, kept = (packets(path, "audio") for path in (source, target))
+    assert [data for _, data in kept] == [data for _, data in heard]
+    assert float(kept[0][0]) == pytest.approx(float(heard[0][0]), abs=1e-3)
+
+
+def test_matroska_tells_its_frames(tmp_path):
+    source = clip(tmp_path / "a.mkv", [1001 * i for i in range(12)])
+    made = video.plan_video(source, tmp_path / "b.mkv", Upscaler(2, Twice()))
+    assert 11 <= made.frames <= 16 and f"about {made.frames} frames" in made.lines()[1]
 
 
 def test_constant_rate_stays_constant(tmp_path):

@@ -23,6 +23,8 @@ def run(args: argparse.Namespace) -> int:
     from ..compare_page import page
 
     path = args.output or args.sr.with_suffix(".html")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"{path}: the page is written as .html")
     atomic_write(path, page(args.lr, args.sr, args.hr, args.title).encode())
     print(path)
     return 0

@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
             figure = _features(args.image, upscaler)
         else:
             results = dict(args.result)
+            if len(results) < len(args.result):
+                raise ValueError("two of --result have the same name")
             shown = figures.pictures(args.hr, upscaler, lr_path=args.lr, results=results)
             if args.kind == "strip":
                 figure = figures.strip(shown, args.crop, upscaler.scale, args.hr.stem)

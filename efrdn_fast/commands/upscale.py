@@ -234,6 +234,7 @@ def run(args: argparse.Namespace) -> int:
 def _dry_run(jobs: list, upscaler, video_options, overwrite: bool) -> int:
     """Print what would become of every job; 1 if some could not be done."""
     from ..batch import is_video
+    from ..images import STREAM
     from ..video import plan_video
 
     failed = 0
@@ -241,6 +242,8 @@ def _dry_run(jobs: list, upscaler, video_options, overwrite: bool) -> int:
         try:
             if job.error:
                 raise ValueError(job.error)
+            if job.source != STREAM and not job.source.exists():
+                raise FileNotFoundError(f"{job.source}: no such file")
             if job.skip or (job.target.exists() and not overwrite):
                 print(f"{job.source}: skipped, {job.skip or f'{job.target} exists already'}")
             elif is_video(job.source):
