@@ -62,17 +62,7 @@ __global__ void __launch_bounds__(kThreads) gcrb_fwd_kernel(const GcrbParams p, 
   }
   __syncthreads();
 
-  float w2[9][L::kOwn], b2[L::kOwn], w3[L::kReach][L::kVec], b3[L::kVec];
-  load_lane_weights<L>(weights.w3, lane, w3);
-#pragma unroll
-  for (int v = 0; v < L::kVec; v++) b3[v] = weights.b3[lane * L::kVec + v];
-#pragma unroll
-  for (int o = 0; o < L::kOwn; o++) {
-    b2[o] = weights.b2[lane * L::kOwn + o];
-#pragma unroll
-    for (int k = 0; k < 9; k++) w2[k][o] = weights.w2[k][lane * L::kOwn + o];
-  }
-
+  const GcrbTail<L> tail(weights, lane);
   const int column = slot % kTileW, first_row = slot / kTileW * kRows;
   const int64_t w = tile.w0 + column;
   float window[3][3][L::kOwn];  // rows of the tile modulo 3
@@ -90,20 +80,12 @@ __global__ void __launch_bounds__(kThreads) gcrb_fwd_kernel(const GcrbParams p, 
     const int64_t h = tile.h0 + first_row + i;
     if (h >= p.h) break;  // whole warps leave
     load_row(first_row + i + 2);
-    float q[L::kOwn], reached[L::kReach], z[L::kVec], x[L::kVec];
-#pragma unroll
-    for (int o = 0; o < L::kOwn; o++) {
-      q[o] = b2[o];
-#pragma unroll
-      for (int k = 0; k < 9; k++) q[o] = fmaf(w2[k][o], window[(i + k / 3) % 3][k % 3][o], q[o]);
-      q[o] = relu(q[o]);
-    }
-    gather<L>(q, reached);
-    expand<L>(reached, w3, b3, z);
+    float z[L::kVec], x[L::kVec];
+    tail(window, i, z);
     if (w >= p.w) continue;
     load_channels<L>(pixel<const T>(p.x, tile.n, h, w), lane, sizes, aligned).to_floats(x);
 #pragma unroll
-    for (int v = 0; v < L::kVec; v++) x[v] += relu(z[v]);
+    for (int v = 0; v < L::kVec; v++) x[v] += z[v];
     store_channels<L>(Vector::from_floats(x), pixel<T>(p.y, tile.n, h, w), lane, sizes);
   }
 }

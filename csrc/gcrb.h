@@ -23,7 +23,15 @@ struct GcrbParams {
   GcrbWeights weights;
 };
 
-// Gradients of the same op, all recomputed from x.
+// Three of them one after the other: y[0] is the second's input, y[1] the third's.
+struct GcrbChainParams {
+  Dtype dtype;
+  int64_t n, c, h, w, m, groups;
+  Map x, y[3];  // y: contiguous, channels last
+  GcrbWeights weights[3];
+};
+
+// Gradients of one of them, all recomputed from x.
 struct GcrbBackwardParams {
   GcrbParams forward;  // y is not read
   Map grad_y, grad_x;  // grad_x: contiguous, channels last
@@ -36,6 +44,7 @@ constexpr int64_t kGcrbMaxC = 64, kGcrbMaxM = 16;
 
 // cudaErrorInvalidValue for larger sizes.
 cudaError_t launch_gcrb_fwd(const GcrbParams& params, cudaStream_t stream);
+cudaError_t launch_gcrb_chain_fwd(const GcrbChainParams& params, cudaStream_t stream);
 cudaError_t launch_gcrb_bwd(const GcrbBackwardParams& params, cudaStream_t stream);
 
 int64_t gcrb_partial_floats(const GcrbParams& params);

@@ -148,6 +148,43 @@ __device__ void expand(const float (&mid)[L::kReach], const float (&weight)[L::k
   }
 }
 
+// What follows the squeeze, of the lane's channels: depthwise 3x3, ReLU, 1x1, ReLU.
+template <class L>
+struct GcrbTail {
+  float w2[9][L::kOwn], b2[L::kOwn], w3[L::kReach][L::kVec], b3[L::kVec];
+
+  __device__ GcrbTail(const GcrbSharedWeights<L>& weights, int lane) {
+    load_lane_weights<L>(weights.w3, lane, w3);
+#pragma unroll
+    for (int v = 0; v < L::kVec; v++) b3[v] = weights.b3[lane * L::kVec + v];
+#pragma unroll
+    for (int o = 0; o < L::kOwn; o++) {
+      b2[o] = weights.b2[lane * L::kOwn + o];
+#pragma unroll
+      for (int k = 0; k < 9; k++) w2[k][o] = weights.w2[k][lane * L::kOwn + o];
+    }
+  }
+
+  // `window`: mid channels around the pixel, its rows modulo 3, the upper one `top`. Whole warps
+  // take part.
+  __device__ void operator()(const float (&window)[3][3][L::kOwn], int top,
+                             float (&y)[L::kVec]) const {
+    float q[L::kOwn], reached[L::kReach];
+#pragma unroll
+    for (int o = 0; o < L::kOwn; o++) {
+      q[o] = b2[o];
+#pragma unroll
+      for (int k = 0; k < 9; k++)
+        q[o] = fmaf(w2[k][o], window[(top + k / 3) % 3][k % 3][o], q[o]);
+      q[o] = relu(q[o]);
+    }
+    gather<L>(q, reached);
+    expand<L>(reached, w3, b3, y);
+#pragma unroll
+    for (int v = 0; v < L::kVec; v++) y[v] = relu(y[v]);
+  }
+};
+
 // Sums `values` over all pixels of the block, that is over the threads of the same lane, in a fixed
 // order, and gives sink(i, lane, sum) each result once. All threads of the block take part;
 // `shared` is free again afterwards.

@@ -125,7 +125,7 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
     "acrb": _row("acrb", "acrb", BOTH),
     "acrb_out": _row("acrb_out", "acrb", BOTH),
     "acrb_backward": _row("acrb_backward", "acrb", BOTH),
-    "gcrb_chain": _row("gcrb_chain", "gcrb_chain", ("cpu",)),
+    "gcrb_chain": _row("gcrb_chain", "gcrb_chain", BOTH),
     "conv3x3": _row("conv3x3", "conv3x3", ("cuda",)),
     "conv3x3_backward": _row("conv3x3_backward"),
     **{

@@ -32,6 +32,7 @@ __all__ = [
     "gcrb_backward_cpu",
     "gcrb_backward_cuda",
     "gcrb_chain_cpu",
+    "gcrb_chain_cuda",
     "gcrb_cpu",
     "gcrb_cuda",
     "gcrb_train_backward_cpu",
@@ -78,6 +79,10 @@ def gcrb_chain_cpu(x: Tensor, params: list[Tensor], groups: int) -> tuple[Tensor
     g1 = gcrb_cpu(x, *params[:6], groups)
     g2 = gcrb_cpu(g1, *params[6:12], groups)
     return g1, g2, gcrb_cpu(g2, *params[12:], groups)
+
+
+def gcrb_chain_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _op("gcrb_chain_cuda")(*args)
 
 
 def gcrb_train_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

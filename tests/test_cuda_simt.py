@@ -105,6 +105,42 @@ def test_gcrb_backward(shape, mid, groups, dtype, layout):
     testing.assert_close_to_reference(out, exact, [x, *params])
 
 
+def run_gcrb_chain(x: Tensor, params: list[Tensor], groups: int, order: str = "forward") -> list:
+    n, c, h, w = x.shape
+    arrays = {"x": x} | {f"y{k}": nhwc(n, c, h, w, x.dtype) for k in range(3)}
+    names = [f"{name}_{k}" for k in range(3) for name in NAMES]
+    arrays |= dict(zip(names, params, strict=True))
+    numbers = {"N": n, "C": c, "H": h, "W": w, "M": params[0].shape[0], "groups": groups}
+    out = simt.run("gcrb_chain_fwd", arrays, numbers, order)
+    return [out[f"y{k}"] for k in range(3)]
+
+
+CHAIN_CASES = [
+    *GCRB_CASES,
+    pytest.param((1, 32, 1, 53), 8, 2, torch.float16, "channels_last", id="1x53-fp16"),
+    pytest.param((2, 32, 21, 27), 8, 2, torch.float32, "channels_last", id="N2-21x27"),
+    pytest.param((1, 32, 11, 29), 8, 1, torch.bfloat16, "channels_last", id="11x29-G1-bf16"),
+]
+
+
+@pytest.mark.parametrize(("shape", "mid", "groups", "dtype", "layout"), CHAIN_CASES)
+def test_gcrb_chain_forward(shape, mid, groups, dtype, layout):
+    x = testing.make_input(shape, dtype, layout=layout)
+    params = [p * (1 + 0.1 * k) for k in range(3) for p in gcrb_params(shape[1], mid, groups)]
+    ys = run_gcrb_chain(x, params, groups)
+
+    def exact(x, *params):
+        return reference.gcrb_chain(x, params, groups=groups)
+
+    testing.assert_close_to_reference(ys, exact, [x, *params])
+    again = run_gcrb_chain(x, params, groups, "5")
+    g = x
+    for k, y in enumerate(ys):
+        g = run_gcrb(g, params[6 * k : 6 * k + 6], groups)
+        assert torch.equal(y, g), f"result {k} is not that of one launch after the other"
+        assert torch.equal(y, again[k])
+
+
 BATCH_NAMES = ("w1", "gamma1", "b1", "w2", "gamma2", "b2", "w3", "gamma3", "b3")
 
 

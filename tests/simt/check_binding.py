@@ -75,6 +75,27 @@ def check_gcrb() -> None:
     expect_error("float32, bfloat16 or float16", ext.gcrb_cuda, x.double(), *odd, 2)
 
 
+def check_gcrb_chain() -> None:
+    params = [w * (1 + 0.1 * k) for k in range(3) for w in gcrb_weights()]
+
+    def exact(x, *params):
+        return reference.gcrb_chain(x, params, groups=2)
+
+    for layout in LAYOUTS:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = testing.make_input((2, 32, 5, 6), dtype, layout=layout)
+            ys = ext.gcrb_chain_cuda(x, params, 2)
+            assert all(is_nhwc(y) for y in ys)
+            testing.assert_close_to_reference(ys, exact, [x, *params])
+    odd = [p.bfloat16() if i < 6 else p for i, p in enumerate(params)]  # dtypes of their own
+    testing.assert_close_to_reference(ext.gcrb_chain_cuda(x, odd, 2), exact, [x, *odd])
+    expect_error("18 tensors, got 17", ext.gcrb_chain_cuda, x, params[:17], 2)
+    narrow = [draw(4, 16, 1, 1), draw(4), draw(4, 1, 3, 3), draw(4), draw(32, 2, 1, 1), draw(32)]
+    expect_error("M=8, got 4", ext.gcrb_chain_cuda, x, [*params[:12], *narrow], 2)
+    expect_error("b3 must have 32", ext.gcrb_chain_cuda, x, [*params[:17], params[1]], 2)
+    expect_error("groups=3 must divide", ext.gcrb_chain_cuda, x, params, 3)
+
+
 def check_gcrb_train() -> None:
     w1, b1, w2, b2, w3, b3 = gcrb_weights()
     gammas = [1 + 0.2 * draw(size, seed=9) for size in (8, 8, 32)]
@@ -289,7 +310,15 @@ def check_tokens() -> None:
     )
 
 
-CHECKS = (check_gcrb, check_gcrb_train, check_acrb, check_conv3x3, check_emha, check_tokens)
+CHECKS = (
+    check_gcrb,
+    check_gcrb_chain,
+    check_gcrb_train,
+    check_acrb,
+    check_conv3x3,
+    check_emha,
+    check_tokens,
+)
 
 if __name__ == "__main__":
     torch.ops.load_library(sys.argv[1])

@@ -15,9 +15,11 @@ namespace {
 using efrdn_fast::Dtype;
 using simt::Case;
 
-efrdn_fast::GcrbWeights gcrb_weights(const Case& c) {
-  return {c.data("w1"), c.data("b1"), c.data("w2"), c.data("b2"),
-          c.data("w3"), c.data("b3"), c.dtype("w1")};
+// `suffix`: of the arrays' names.
+efrdn_fast::GcrbWeights gcrb_weights(const Case& c, const std::string& suffix = "") {
+  const auto data = [&](const char* name) { return c.data(name + suffix); };
+  return {data("w1"), data("b1"), data("w2"),           data("b2"),
+          data("w3"), data("b3"), c.dtype("w1" + suffix)};
 }
 
 efrdn_fast::GcrbParams gcrb_params(const Case& c) {
@@ -26,6 +28,17 @@ efrdn_fast::GcrbParams gcrb_params(const Case& c) {
 }
 
 cudaError_t gcrb_fwd(const Case& c) { return efrdn_fast::launch_gcrb_fwd(gcrb_params(c), nullptr); }
+
+cudaError_t gcrb_chain_fwd(const Case& c) {
+  efrdn_fast::GcrbChainParams p{
+      c.dtype("x"),  c.number("N"),      c.number("C"), c.number("H"), c.number("W"),
+      c.number("M"), c.number("groups"), c.map("x"),    {},            {}};
+  for (int i = 0; i < 3; i++) {
+    p.y[i] = c.map("y" + std::to_string(i));
+    p.weights[i] = gcrb_weights(c, "_" + std::to_string(i));
+  }
+  return efrdn_fast::launch_gcrb_chain_fwd(p, nullptr);
+}
 
 float* floats(const simt::Buffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }
 
@@ -333,6 +346,7 @@ const struct {
   const char* name;
   cudaError_t (*run)(const Case&);
 } kOps[] = {{"gcrb_fwd", gcrb_fwd},       {"gcrb_bwd", gcrb_bwd},
+            {"gcrb_chain_fwd", gcrb_chain_fwd},
             {"gcrb_train", gcrb_train},   {"gcrb_train_bwd", gcrb_train_bwd},
             {"acrb_fwd", acrb_fwd},       {"acrb_bwd", acrb_bwd},
             {"conv3x3_fwd", conv3x3_fwd}, {"emha_fwd", emha_fwd},
