@@ -9,6 +9,7 @@ from . import dispatch
 
 __all__ = [
     "check_batch_norm",
+    "check_branches",
     "check_groups",
     "check_like",
     "check_map",
@@ -107,10 +108,28 @@ def check_running(op: str, mean: object, var: object) -> None:
         raise ValueError(f"{op}: running_mean and running_var must be given together")
 
 
-def check_squeeze(op: str, x: Tensor, w1: Tensor, groups: int) -> tuple[int, int]:
+def check_squeeze(op: str, x: Tensor, w1: Tensor, groups: int, name: str = "w1") -> tuple[int, int]:
     """C and M of a GCRB."""
     check_map(op, "x", x)
-    check_rank(op, "w1", w1, "M, C / groups, 1, 1")
+    check_rank(op, name, w1, "M, C / groups, 1, 1")
     channels, mid = x.shape[1], w1.shape[0]
     check_groups(op, groups, C=channels, M=mid)
     return channels, mid
+
+
+def check_branches(
+    op: str, x: Tensor, w1x3: Tensor, w3x3: Tensor, w3x1: Tensor, start: int
+) -> tuple[int, int]:
+    """Cout and Cin of an asymmetric convolution of channels `start` on of `x`."""
+    check_map(op, "x", x)
+    check_rank(op, "w3x3", w3x3, "Cout, Cin, 3, 3")
+    cout, cin = w3x3.shape[:2]
+    check_weights(
+        op,
+        x,
+        w3x3=(w3x3, (cout, cin, 3, 3)),
+        w1x3=(w1x3, (cout, cin, 1, 3)),
+        w3x1=(w3x1, (cout, cin, 3, 1)),
+    )
+    check_slice(op, "start", start, cin, x.shape[1])
+    return cout, cin

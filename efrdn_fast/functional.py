@@ -19,6 +19,7 @@ from . import dispatch, flops, ops, reparam
 from .attention import emha, transformer_block
 from .checks import (
     check_batch_norm,
+    check_branches,
     check_groups,
     check_like,
     check_map,
@@ -112,7 +113,7 @@ def gcrb_chain(
     op = "gcrb_chain"
     if len(params) != 18:
         raise ValueError(f"{op}: params must be 18 tensors, six for each GCRB, got {len(params)}")
-    channels, mid = check_squeeze(op, x, params[0], groups)
+    channels, mid = check_squeeze(op, x, params[0], groups, "params[0] (w1)")
     shapes = list(_gcrb_shapes(channels, mid, groups).items())
     for i, param in enumerate(params):
         name, shape = shapes[i % 6]
@@ -247,6 +248,7 @@ def acrb_out(
         `out`.
     """
     _check_acrb("acrb_out", x, weight, bias, start)
+    check_map("acrb_out", "out", out)
     if torch.is_grad_enabled():
         for name, value in (("x", x), ("weight", weight), ("bias", bias), ("out", out)):
             if value.requires_grad:
@@ -254,7 +256,6 @@ def acrb_out(
                     f"acrb_out: {name} must not require grad, the op is inference only; "
                     "call acrb, or acrb_out inside torch.no_grad()"
                 )
-    check_map("acrb_out", "out", out)
     n, _, h, w = x.shape
     check_like("acrb_out", "out", out, (n, out.shape[1], h, w), x)
     check_slice("acrb_out", "out_start", out_start, weight.shape[0], out.shape[1])
@@ -288,10 +289,8 @@ def acrb_train(
     Returns:
         `[N, d, H, W]`, dtype of `x`.
     """
-    check_map("acrb_train", "x", x)
+    d, _ = check_branches("acrb_train", x, w1x3, w3x3, w3x1, start)
     check_batch_norm("acrb_train", x, momentum, eps)
-    check_rank("acrb_train", "w3x3", w3x3, "d, d, 3, 3")
-    d = w3x3.shape[0]
     check_weights(
         "acrb_train", x, w3x3=(w3x3, (d, d, 3, 3)), gamma=(gamma, (d,)), beta=(beta, (d,))
     )
@@ -300,7 +299,7 @@ def acrb_train(
         check_weights(
             "acrb_train", x, running_mean=(running_mean, (d,)), running_var=(running_var, (d,))
         )
-    y = asymmetric_conv(x, w1x3, w3x3, w3x1, start=start, backend=backend)
+    y = _merged_conv(x, reparam.merge_asymmetric(w1x3, w3x3, w3x1), None, start, backend)
     y = F.batch_norm(y, running_mean, running_var, gamma, beta, True, momentum, eps)
     return x.narrow(1, start, d) + F.relu(y)
 
@@ -328,20 +327,18 @@ def asymmetric_conv(
     Returns:
         `[N, Cout, H, W]`, dtype of `x`.
     """
-    op = "asymmetric_conv"
-    check_map(op, "x", x)
-    check_rank(op, "w3x3", w3x3, "Cout, Cin, 3, 3")
-    cout, cin = w3x3.shape[:2]
-    check_weights(
-        op,
-        x,
-        w1x3=(w1x3, (cout, cin, 1, 3)),
-        w3x3=(w3x3, (cout, cin, 3, 3)),
-        w3x1=(w3x1, (cout, cin, 3, 1)),
-        **({} if bias is None else {"bias": (bias, (cout,))}),
-    )
-    check_slice(op, "start", start, cin, x.shape[1])
+    cout, _ = check_branches("asymmetric_conv", x, w1x3, w3x3, w3x1, start)
+    if bias is not None:
+        check_weights("asymmetric_conv", x, bias=(bias, (cout,)))
     weight = reparam.merge_asymmetric(w1x3, w3x3, w3x1)
+    return _merged_conv(x, weight, bias, start, backend)
+
+
+def _merged_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, start: int, backend: str
+) -> Tensor:
+    """`weight`: that of the three branches, merged."""
+    cin = weight.shape[1]
     backend = dispatch.choose("conv3x3", backend, x)
     sources = [x if cin == x.shape[1] else x.narrow(1, start, cin)]
     return _ops.conv3x3(sources, weight, bias, None, 1, False, False, backend, taps=15)

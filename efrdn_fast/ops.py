@@ -122,7 +122,10 @@ def _fake_conv3x3_backward(grad, xs, weight, groups, interleaved, backend, *, ta
 
 
 def _autocast(op: torch._ops.OpOverload, device_type: str, maps: int) -> Callable:
-    """The first `maps` arguments go to the autocast dtype; kernels read weights in float32."""
+    """The first `maps` arguments go to the autocast dtype; kernels read weights in float32.
+
+    What the op itself computes, autocast leaves alone, also with none.
+    """
     key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
     keyset = torch._C.DispatchKeySet(key[device_type])
 
@@ -243,6 +246,7 @@ _AUTOGRAD = {
     "acrb": (_acrb_backward, _save_acrb),
     "conv3x3": (_conv3x3_backward, _save_conv3x3),
 }
+_MAPS = {"acrb_out": 0}  # as PyTorch's ops with `out`, which autocast leaves alone
 
 
 def register(
@@ -269,13 +273,13 @@ def register(
     if autograd:
         backward, setup = autograd
         torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
-    if autograd and maps:
-        overload = getattr(torch.ops.efrdn_fast, op).default
-        for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-            _library.impl(op, _autocast(overload, device_type, maps), key)
-    if op.endswith("_backward"):
+    elif op.endswith("_backward"):
         torch.library.register_autograd(name, _no_double_backward(op), lib=_library)
+        maps = 0
+    overload = getattr(torch.ops.efrdn_fast, op).default
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl(op, _autocast(overload, device_type, maps), key)
 
 
 for _op, _schema in SCHEMAS.items():
-    register(_op, _schema, _FAKES[_op], _AUTOGRAD.get(_op))
+    register(_op, _schema, _FAKES[_op], _AUTOGRAD.get(_op), _MAPS.get(_op, 1))

@@ -170,6 +170,37 @@ def test_asymmetric_conv_gradcheck():
     assert torch.autograd.gradcheck(lambda *a: functional.asymmetric_conv(*a, start=1), args)
 
 
+@pytest.mark.op("conv3x3")
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize(
+    ("shape", "d", "start", "layout"),
+    [((2, 32, 13, 7), 9, 23, "sliced"), ((1, 5, 1, 37), 5, 0, "channels_last")],
+)
+def test_acrb_train_gradients_and_statistics(target, shape, d, start, layout):
+    device, backend = target
+    args = [make_input(shape, device=device, layout=layout)]
+    args += [w.to(device) for w in branches(d, d)]
+    args += [torch.rand(d, device=device) + 0.5, torch.randn(d, device=device)]
+    norm = torch.nn.BatchNorm2d(d).double().to(device)
+
+    def plain(x, w1x3, w3x3, w3x1, gamma, beta):
+        y = reference.asymmetric_conv(x, w1x3, w3x3, w3x1, start=start)
+        y = torch.nn.functional.batch_norm(y, None, None, gamma, beta, training=True)
+        return x[:, start : start + d] + y.relu()
+
+    mean, var = torch.zeros(d, device=device), torch.ones(d, device=device)
+    for value in args:
+        value.requires_grad_()
+    y = functional.acrb_train(*args, mean, var, start=start, backend=backend)
+    assert_close_to_reference(y, plain, args)
+    grad = torch.randn_like(y)
+    grads = torch.autograd.grad(y, args, grad)
+    assert_close_to_reference(grads, gradients(plain, grad), args)
+    norm(reference.asymmetric_conv(*(a.detach().double() for a in args[:4]), start=start))
+    torch.testing.assert_close(mean.double(), norm.running_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(var.double(), norm.running_var, rtol=1e-5, atol=1e-6)
+
+
 def test_acrb_train_gradcheck():
     args = [make_input((2, 5, 4, 3), torch.float64), *branches(3, 3, torch.float64)]
     args += [torch.rand(3, dtype=torch.float64) + 0.5, torch.randn(3, dtype=torch.float64)]

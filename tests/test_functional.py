@@ -2,100 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from efrdn_fast import functional
 from efrdn_fast.testing import make_input
+from tests.op_arguments import OPS, gcrb_arguments, out_arguments
 
-
-def gcrb_arguments(**changes):
-    x = make_input((2, 8, 5, 6))
-    arguments = {
-        "x": x,
-        "w1": torch.randn(4, 4, 1, 1),
-        "b1": torch.randn(4),
-        "w2": torch.randn(4, 1, 3, 3),
-        "b2": torch.randn(4),
-        "w3": torch.randn(8, 2, 1, 1),
-        "b3": torch.randn(8),
-    }
-    return {**arguments, **changes}
-
-
-def train_arguments(**changes):
-    given = gcrb_arguments()
-    arguments = {"x": given["x"]}
-    for i, width in ((1, 4), (2, 4), (3, 8)):
-        arguments[f"w{i}"] = given[f"w{i}"]
-        arguments[f"gamma{i}"] = torch.ones(width)
-        arguments[f"beta{i}"] = torch.zeros(width)
-    running = {
-        "running_mean": [torch.zeros(4), torch.zeros(4), torch.zeros(8)],
-        "running_var": [torch.ones(4), torch.ones(4), torch.ones(8)],
-    }
-    return {**arguments, **running, **changes}
-
-
-def acrb_arguments(**changes):
-    arguments = {
-        "x": make_input((2, 8, 5, 6)),
-        "weight": torch.randn(3, 3, 3, 3),
-        "bias": torch.randn(3),
-        "start": 5,
-    }
-    return {**arguments, **changes}
-
-
-def out_arguments(**changes):
-    return acrb_arguments(**{"out": torch.zeros(2, 7, 5, 6), "out_start": 4, **changes})
-
-
-def branch_arguments(**changes):
-    arguments = {
-        "x": make_input((2, 8, 5, 6)),
-        "w1x3": torch.randn(2, 3, 1, 3),
-        "w3x3": torch.randn(2, 3, 3, 3),
-        "w3x1": torch.randn(2, 3, 3, 1),
-        "bias": torch.randn(2),
-        "start": 5,
-    }
-    return {**arguments, **changes}
-
-
-def acrb_train_arguments(**changes):
-    arguments = {
-        "x": make_input((2, 8, 5, 6)),
-        "w1x3": torch.randn(3, 3, 1, 3),
-        "w3x3": torch.randn(3, 3, 3, 3),
-        "w3x1": torch.randn(3, 3, 3, 1),
-        "gamma": torch.ones(3),
-        "beta": torch.zeros(3),
-        "start": 5,
-    }
-    return {**arguments, **changes}
-
-
-def conv_arguments(**changes):
-    arguments = {
-        "xs": [make_input((2, 4, 5, 6)), make_input((2, 4, 5, 6))],
-        "weight": torch.randn(6, 4, 3, 3),
-        "bias": torch.randn(6),
-        "residual": make_input((2, 6, 5, 6)),
-        "groups": 2,
-    }
-    return {**arguments, **changes}
-
-
-OPS = {
-    "gcrb": gcrb_arguments,
-    "gcrb_train": train_arguments,
-    "acrb": acrb_arguments,
-    "acrb_out": out_arguments,
-    "acrb_train": acrb_train_arguments,
-    "asymmetric_conv": branch_arguments,
-    "conv3x3": conv_arguments,
-}
 META = torch.device("meta")
 zeros = torch.zeros
 
@@ -122,6 +37,16 @@ REJECTED = {
         ({"b3": zeros(8, dtype=torch.float64)}, TypeError, "b3 must be float32.*float64"),
         ({"w2": zeros(4, 1, 3, 3, device=META)}, ValueError, "w2 must be on cpu.*meta"),
         ({"backend": "fast"}, ValueError, "backend must be one of auto,.*'fast'"),
+    ],
+    "gcrb_chain": [
+        ({"params": [zeros(4)] * 17}, ValueError, "params must be 18 tensors.*got 17"),
+        ({"params": [None] * 18}, TypeError, r"params\[0\] \(w1\) must be a tensor, got None"),
+        ({"groups": 3}, ValueError, "groups must divide C=8, got 3"),
+        (
+            {"x": zeros(2, 8, 5, 6, requires_grad=True)},
+            ValueError,
+            "x and params must not require grad.*inference only",
+        ),
     ],
     "gcrb_train": [
         ({"x": zeros(1, 8, 1, 1)}, ValueError, "more than one value per channel"),
@@ -160,7 +85,9 @@ REJECTED = {
         ({"gamma": zeros(2)}, ValueError, r"gamma must be \[3\], got \[2\]"),
         ({"running_mean": zeros(3)}, ValueError, "must be given together"),
         ({"w1x3": zeros(3, 3, 3, 1)}, ValueError, r"w1x3 must be \[3, 3, 1, 3\]"),
-        ({"w3x3": zeros(())}, ValueError, r"w3x3 must be \[d, d, 3, 3\], got \[\]"),
+        ({"w3x3": zeros(())}, ValueError, r"w3x3 must be \[Cout, Cin, 3, 3\], got \[\]"),
+        ({"w3x3": zeros(3, 2, 3, 3)}, ValueError, r"w1x3 must be \[3, 2, 1, 3\]"),
+        ({"start": 6}, ValueError, "start must be 0 to 5 for 3 of 8 channels, got 6"),
     ],
     "asymmetric_conv": [
         ({"w3x3": zeros(2, 3)}, ValueError, r"w3x3 must be \[Cout, Cin, 3, 3\]"),
@@ -204,15 +131,69 @@ REJECTED = {
     [(op, *row) for op, rows in REJECTED.items() for row in rows],
 )
 def test_functional_rejects(op, changes, error, words):
-    speaks = "asymmetric_conv" if "w1x3" in changes else op  # acrb_train calls it
-    with pytest.raises(error, match=f"^{speaks}: .*{words}"):
+    with pytest.raises(error, match=f"^{op}: .*{words}"):
         getattr(functional, op)(**OPS[op](**changes))
+
+
+FAULTS = {
+    # what becomes of a tensor, error, words of the message
+    "number": (lambda value: 1.0, TypeError, "must be a tensor, got float"),
+    "rank": (lambda value: value[None], ValueError, r"must be \[.*got \[1, "),
+    "empty": (lambda value: value[:0], ValueError, r"(must be \[.*|must not be empty, .*)\[0"),
+    "int32": (torch.Tensor.int, TypeError, "must be .*float32.*got torch.int32"),
+    "device": (lambda value: value.to("meta"), ValueError, "must be on .* like the input, got"),
+}
+
+
+def tensors_of(op: str) -> list[tuple[str, int | None]]:
+    """Every tensor that the op takes: argument, index in a list."""
+    return [
+        (name, i)
+        for name, value in OPS[op]().items()
+        for i in (range(len(value)) if isinstance(value, list) else [None])
+        if not isinstance(value, int)
+    ]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("op", OPS)
+def test_functional_names_the_tensor_at_fault(op, fault):
+    change, error, words = FAULTS[fault]
+    for name, index in tensors_of(op):
+        arguments = OPS[op]()
+        if index is None:
+            arguments[name] = change(arguments[name])
+        else:
+            arguments[name] = list(arguments[name])
+            arguments[name][index] = change(arguments[name][index])
+        said = re.escape(name if index is None else f"{name}[{index}]")
+        if fault == "device" and said in ("x", r"xs\[0\]"):
+            said = ".*"  # all others are on another device than the input
+        with pytest.raises(error, match=rf"^{op}: {said}( \(\w+\))? {words}"):
+            getattr(functional, op)(**arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_functional_rejects_weights_of_another_half_type(op):
+    """float32 or the dtype of the map; a second map has the dtype of the first."""
+    for name, index in tensors_of(op):
+        if name == "x" or (name, index) == ("xs", 0):
+            continue
+        arguments = OPS[op]()
+        if index is None:
+            arguments[name] = arguments[name].half()
+        else:
+            arguments[name] = list(arguments[name])
+            arguments[name][index] = arguments[name][index].half()
+        with pytest.raises(TypeError, match=rf"^{op}: {name}.* must be .*float32.*float16"):
+            getattr(functional, op)(**arguments)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_functional_accepts_what_the_rejected_calls_change(op):
     result = getattr(functional, op)(**OPS[op](), backend="reference")
-    assert result.ndim == 4 and result.isfinite().all()
+    for y in result if isinstance(result, tuple) else (result,):
+        assert y.ndim == 4 and y.isfinite().all()
 
 
 @pytest.mark.gpu
