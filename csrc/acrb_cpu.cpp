@@ -1,4 +1,4 @@
-// ACRB forward: the slice is read in place, three planar rows of it are kept, and the result goes
+// ACRB forward: the slice is read in place, four planar rows of it are kept, and the result goes
 // straight to its place.
 #include "acrb_cpu.h"
 #include "conv_steps.h"
@@ -7,14 +7,28 @@ namespace efrdn_fast {
 namespace EFRDN_FAST_ISA {
 namespace {
 
+// Whether `size` floats, a multiple of 16, are finite.
+bool finite(const float* p, int64_t size) {
+  V acc[2] = {zero(), zero()};
+  for (int64_t i = 0; i < size; i += 2 * kLanes) {
+    acc[0] = fma(load(p + i), zero(), acc[0]);
+    if (i + kLanes < size) acc[1] = fma(load(p + i + kLanes), zero(), acc[1]);
+  }
+  float sums[kLanes];
+  store(sums, add(acc[0], acc[1]));
+  return lane_sum(sums) == 0.0f;
+}
+
 template <int kD, class T>
 void forward(const AcrbArgs& a, int64_t begin, int64_t end, float* scratch) {
   const int d = kD ? kD : static_cast<int>(a.d);
   const int64_t stride = row_stride(a.w), ring_row = stride * d;
-  float* conv = scratch + 3 * ring_row;
-  memset(scratch, 0, static_cast<size_t>(3 * ring_row) * sizeof(float));
+  float *conv = scratch + 4 * ring_row, *weight = conv + 2 * ring_row;
+  memset(scratch, 0, static_cast<size_t>(4 * ring_row) * sizeof(float));
+  pair_weights(a.weight, d, d, weight);
 
-  const auto ring = [&](int64_t row) { return scratch + (row + 3) % 3 * ring_row; };
+  bool is_finite[4];
+  const auto ring = [&](int64_t row) { return scratch + (row + 4) % 4 * ring_row; };
   while (begin < end) {
     const int64_t n = begin / a.h, first = begin % a.h;
     const int64_t last = first + end - begin < a.h ? first + end - begin : a.h;
@@ -25,14 +39,27 @@ void forward(const AcrbArgs& a, int64_t begin, int64_t end, float* scratch) {
         planar_row(x + row * a.x.stride_h, a.x.stride_w, a.w, d, ring(row));
       else
         memset(ring(row), 0, static_cast<size_t>(ring_row) * sizeof(float));
+      is_finite[(row + 4) % 4] = finite(ring(row), ring_row);
     };
-    fill(first - 1);
-    fill(first);
-    for (int64_t row = first; row < last; ++row) {
+    // Pairs begin at even rows, so that a row does not depend on where a thread begins.
+    const int64_t even = first - first % 2;
+    fill(even - 1);
+    fill(even);
+    for (int64_t row = even; row < last; row += 2) {
       fill(row + 1);
-      const Rows rows = {{ring(row - 1) + kPad, ring(row) + kPad, ring(row + 1) + kPad}, stride};
-      conv_row<kD>(rows, a.w, d, d, a.weight, a.bias, conv + kPad, stride);
-      add_row<true>(conv, ring(row), a.w, d, y + row * a.y.stride_h, a.y.stride_w);
+      fill(row + 2);
+      PairRows rows{{}, stride};
+      for (int i = 0; i < 4; ++i) rows.row[i] = ring(row - 1 + i) + kPad;
+      float* const out[2] = {conv + kPad, conv + ring_row + kPad};
+      if (is_finite[0] && is_finite[1] && is_finite[2] && is_finite[3])
+        conv_pair<kD>(rows, a.w, d, d, weight, a.bias, out, stride);
+      else  // the differences of rows would make NaN of infinity
+        for (int i = 0; i < 2; ++i)
+          conv_row<kD>({{rows.row[i], rows.row[i + 1], rows.row[i + 2]}, stride}, a.w, d, d, a.weight,
+                       a.bias, out[i], stride);
+      for (int64_t i = row < first; i < 2 && row + i < last; ++i)
+        add_row<true>(conv + i * ring_row, ring(row + i), a.w, d, y + (row + i) * a.y.stride_h,
+                      a.y.stride_w);
     }
     begin += last - first;
   }

@@ -16,7 +16,7 @@ struct AcrbArgs {
 
 // Floats of working memory per thread.
 inline size_t acrb_forward_scratch(const AcrbArgs& a) {
-  return static_cast<size_t>(4 * a.d * row_stride(a.w));
+  return static_cast<size_t>(6 * a.d * row_stride(a.w) + 12 * a.d * a.d);
 }
 
 // Rows [begin, end) of the N * H output rows.

@@ -138,6 +138,39 @@ EFRDN_FAST_INLINE void transpose(V (&r)[kLanes]) {
   });
 }
 
+// load and transpose of the nine values that ACRB reads of 16 rows: a half of a register holds eight
+// of a row, which takes half of the shuffles; the ninth come one by one.
+EFRDN_FAST_INLINE void load_nine(V (&r)[kLanes], const float* p, int64_t stride) {
+  __m512d pairs[8];
+  each<0, 2>([&](auto half) EFRDN_FAST_LAMBDA {  // rows i and i + 4 side by side
+    V t[4];
+    each<0, 4>([&](auto k) EFRDN_FAST_LAMBDA {
+      const float* from = p + (8 * half + k) * stride;
+      const V low = _mm512_castps256_ps512(_mm256_loadu_ps(from));
+      t[k] = _mm512_insertf32x8(low, _mm256_loadu_ps(from + 4 * stride), 1);
+    });
+    each<0, 2>([&](auto k) EFRDN_FAST_LAMBDA {
+      pairs[4 * half + k] = _mm512_castps_pd(_mm512_unpacklo_ps(t[2 * k], t[2 * k + 1]));
+      pairs[4 * half + 2 + k] = _mm512_castps_pd(_mm512_unpackhi_ps(t[2 * k], t[2 * k + 1]));
+    });
+  });
+  each<0, 2>([&](auto k) EFRDN_FAST_LAMBDA {
+    const __m512d *a = pairs + 2 * k, *b = pairs + 4 + 2 * k;
+    const V even_a = _mm512_castpd_ps(_mm512_unpacklo_pd(a[0], a[1]));
+    const V even_b = _mm512_castpd_ps(_mm512_unpacklo_pd(b[0], b[1]));
+    const V odd_a = _mm512_castpd_ps(_mm512_unpackhi_pd(a[0], a[1]));
+    const V odd_b = _mm512_castpd_ps(_mm512_unpackhi_pd(b[0], b[1]));
+    r[2 * k] = _mm512_shuffle_f32x4(even_a, even_b, 0x88);
+    r[4 + 2 * k] = _mm512_shuffle_f32x4(even_a, even_b, 0xdd);
+    r[2 * k + 1] = _mm512_shuffle_f32x4(odd_a, odd_b, 0x88);
+    r[5 + 2 * k] = _mm512_shuffle_f32x4(odd_a, odd_b, 0xdd);
+  });
+  p += 8;
+  const auto at = [&](int i) EFRDN_FAST_LAMBDA { return p[i * stride]; };
+  r[8] = _mm512_setr_ps(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9),
+                        at(10), at(11), at(12), at(13), at(14), at(15));
+}
+
 #elif defined(EFRDN_FAST_AVX2)
 
 using V = __m256;

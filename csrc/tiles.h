@@ -30,6 +30,10 @@ EFRDN_FAST_INLINE float lane_sum(const float* p) {
 template <class T>
 EFRDN_FAST_INLINE void load_transposed(V (&r)[kLanes], const T* p, int64_t stride, int count,
                                        int channels) {
+#if defined(EFRDN_FAST_AVX512)
+  if constexpr (sizeof(T) == sizeof(float))
+    if (count == kLanes && channels == 9) return load_nine(r, p, stride);
+#endif
   if (count == kLanes && channels >= kLanes) {
     each<0, kLanes>([&](auto i) EFRDN_FAST_LAMBDA { r[i] = load(p + i * stride); });
   } else {

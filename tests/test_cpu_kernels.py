@@ -116,7 +116,9 @@ def test_unknown_instruction_set_is_refused():
         ext().use_cpu_isa("sse9")
 
 
-@pytest.mark.parametrize("case", [cases.GCRB[6], cases.ACRB[5]], ids=str)
+@pytest.mark.parametrize(
+    "case", [cases.GCRB[6], cases.ACRB[5], cases.AcrbCase((1, 32, 67, 512))], ids=str
+)
 def test_results_do_not_depend_on_threads(threads, case):
     *args, last = case.args()
     forward, backward = (getattr(native, f"{case.op}{s}_cpu") for s in ("", "_backward"))
@@ -183,6 +185,19 @@ def test_nan_spreads_as_in_the_reference(isa, case):
     x[0, 25, 0, 0] = torch.nan
     y = getattr(native, f"{case.op}_cpu")(x, *rest)
     assert torch.equal(y.isnan(), case.reference(x, *rest).isnan())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_acrb_of_a_row_that_is_not_finite(isa, value):
+    """Rows go in pairs, a batch of two has an odd number: each place in a pair."""
+    x, weight, bias, start = cases.AcrbCase((2, 32, 7, 35)).args()
+    for row in range(7):
+        changed = x.clone(memory_format=torch.preserve_format)
+        changed[row % 2, 25, row, 17] = value
+        y = native.acrb_cpu(changed, weight, bias, start)
+        exact = changed.double(), weight.double(), bias.double(), start
+        expected = cases.AcrbCase.reference(*exact)
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize(
