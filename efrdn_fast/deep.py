@@ -13,10 +13,16 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from .metadata import ORIENTATION
+
 __all__ = ["colour16", "float_colour", "gray_alpha", "tiff_tags", "unit_range"]
 
 WIDTH, HEIGHT, BITS, EXTRA, FORMAT = 256, 257, 258, 338, 339
 COMPRESSION, OFFSETS, STRIP_ROWS, SIZES, PLANES, PREDICTOR = 259, 273, 278, 279, 284, 317
+READ = (
+    WIDTH, HEIGHT, BITS, COMPRESSION, OFFSETS, ORIENTATION, STRIP_ROWS, SIZES, PLANES, PREDICTOR,
+    EXTRA, FORMAT,
+)  # fmt: skip
 FLOATING, PREMULTIPLIED = 3, 1
 DEFLATE = (8, 32946)
 
@@ -56,7 +62,7 @@ def tiff_tags(data: bytes) -> dict:
         file = io.BytesIO(data)
         file.seek(directory.next)
         directory.load(file)
-        return {**dict(directory), 0: directory.next}
+        return {**{tag: directory[tag] for tag in READ if tag in directory}, 0: directory.next}
     except Exception:  # Pillow's parser raises nearly anything on damaged data
         return {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import struct
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from .metadata import EXIF_PREFIX, Metadata, png_chunks, png_info, tiff_directory
+from .metadata import EXIF_PREFIX, Metadata, jpeg_iptc, png_chunks, png_info, tiff_directory
 
 __all__ = ["FORMATS", "check_output", "encode", "to_pil"]
 
@@ -100,10 +101,11 @@ def to_pil(pixels: np.ndarray) -> Image.Image:
 
 
 def _encode_pillow(pixels: np.ndarray, metadata: Metadata, kind: str, quality: int) -> bytes:
-    exif, xmp = metadata.exif, metadata.xmp
-    if kind == "JPEG" and max(len(exif), len(xmp)) > MARKER_BYTES:
-        warnings.warn("EXIF or XMP of more than 64 KiB does not fit JPEG and was left out")
-        exif, xmp = (block if len(block) <= MARKER_BYTES else b"" for block in (exif, xmp))
+    exif, xmp, iptc = metadata.exif, metadata.xmp, jpeg_iptc(metadata)
+    if kind == "JPEG" and max(map(len, (exif, xmp, iptc))) > MARKER_BYTES:
+        warnings.warn("EXIF, XMP or IPTC of more than 64 KiB does not fit JPEG and was left out")
+        blocks = (exif, xmp, iptc)
+        exif, xmp, iptc = (block if len(block) <= MARKER_BYTES else b"" for block in blocks)
     options: dict = {}
     if metadata.dpi and kind != "WEBP":
         options["dpi"] = metadata.dpi
@@ -116,7 +118,7 @@ def _encode_pillow(pixels: np.ndarray, metadata: Metadata, kind: str, quality: i
     elif kind in ("JPEG", "WEBP"):
         options |= {"quality": quality, "xmp": xmp}
     if kind == "JPEG":
-        options["subsampling"] = "4:4:4"
+        options |= {"subsampling": "4:4:4", "extra": iptc}
     file = io.BytesIO()
     to_pil(pixels).save(file, kind, **options)
     return file.getvalue()
@@ -162,7 +164,7 @@ def _encode_tiff(pixels: np.ndarray, metadata: Metadata) -> bytes:
         _tiff_file(directory, [b""])
     except Exception as error:  # Pillow's TIFF writer raises nearly anything on odd EXIF values
         warnings.warn(f"EXIF that TIFF cannot hold was left out ({error})")
-        directory = tiff_directory(Metadata(b"", metadata.icc, metadata.xmp, metadata.dpi))
+        directory = tiff_directory(dataclasses.replace(metadata, exif=b""))
     strips = []
     floating = pixels.dtype == np.float32
     for top in range(0, height, STRIP_ROWS):

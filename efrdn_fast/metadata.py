@@ -12,19 +12,28 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-__all__ = ["Metadata", "collect", "collect_tiff", "png_chunks", "png_info", "tiff_directory"]
+__all__ = [
+    "Metadata",
+    "collect",
+    "collect_tiff",
+    "jpeg_iptc",
+    "png_chunks",
+    "png_info",
+    "tiff_directory",
+]
 
 EXIF_PREFIX = b"Exif\x00\x00"
 ORIENTATION, EXIF_IFD, WIDTH, HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003
 RESOLUTION, UNIT = (0x011A, 0x011B), 0x0128
 GROUPS = (EXIF_IFD, 0x8825)  # sub-directories: Exif, GPS
 SHORT, LONG, RATIONAL = 3, 4, 5
+IPTC_TAG, IPTC_RESOURCE = 33723, 0x0404
 XMP_ORIENTATION = re.compile(rb"(tiff:Orientation(?:=[\"']|>)\s*)[2-8]")
 XMP_RESOLUTION = re.compile(rb"(tiff:[XY]Resolution(?:=[\"']|>)\s*)(\d+)")
 # TIFF tags that never belong to another file, for they say how pixels are stored: subfile type,
 # size, bits, compression, photometric, fill order, strips, orientation, samples, planes, predictor,
-# colour map, tiles, sub-directories, sample format, JPEG tables, YCbCr; and those that are kept
-# apart: resolution, XMP, ICC, IPTC, Photoshop.
+# colour map, tiles, sub-directories, sample format, JPEG tables, YCbCr; those that are kept apart:
+# resolution, XMP, ICC, IPTC; and Photoshop's, which tell of the old pixels.
 NOT_EXIF = {
     *range(254, 267), 273, 274, 277, 278, 279, 280, 281, 282, 283, 284, 290, 291, 292, 293, 296,
     301, *range(317, 326), 330, *range(332, 343), 347, *range(512, 533), 700, 33723, 34377, 34675,
@@ -43,6 +52,8 @@ class Metadata:
     """XMP packet."""
     dpi: tuple[float, float] | None = None
     """Dots per inch, horizontal and vertical."""
+    iptc: bytes = b""
+    """IPTC records (caption, author, rights), which JPEG and TIFF hold."""
 
     def upright(self, width: int, height: int, turned: bool = False) -> Metadata:
         """The same for pixels that stand upright and measure `width` x `height`.
@@ -85,6 +96,7 @@ def collect(image: Image.Image) -> tuple[Metadata, int]:
         icc=info.get("icc_profile") or b"",
         xmp=xmp.encode() if isinstance(xmp, str) else bytes(xmp),
         dpi=dpi,
+        iptc=_iptc(image),
     )
     return metadata, orientation if orientation in range(1, 9) else 1
 
@@ -95,6 +107,7 @@ def collect_tiff(data: bytes) -> Metadata:
     try:
         exif.load(EXIF_PREFIX + data)
         own = {tag: exif.get(tag) for tag in (*RESOLUTION, UNIT, 700, 34675)}
+        iptc = _tiff_iptc(exif._info)
         raw = _own_exif(exif)
     except Exception:  # Pillow's EXIF parser raises nearly anything on damaged blocks
         return Metadata()
@@ -104,6 +117,7 @@ def collect_tiff(data: bytes) -> Metadata:
         icc=own[34675] or b"",
         xmp=own[700] or b"",
         dpi=(dots[0], dots[1]) if min(dots) > 0 and own[UNIT] in (2, 3, None) else None,
+        iptc=iptc,
     )
 
 
@@ -130,6 +144,16 @@ def png_chunks(metadata: Metadata) -> list[tuple[bytes, bytes]]:
     return chunks
 
 
+def jpeg_iptc(metadata: Metadata) -> bytes:
+    """IPTC as a JPEG segment: the one resource of Photoshop that tells nothing of the pixels."""
+    data = metadata.iptc
+    if not data:
+        return b""
+    resource = b"8BIM" + struct.pack(">HHI", IPTC_RESOURCE, 0, len(data)) + data
+    block = b"Photoshop 3.0\0" + resource + b"\0" * (len(data) % 2)
+    return b"\xff\xed" + struct.pack(">H", len(block) + 2) + block
+
+
 def tiff_directory(metadata: Metadata) -> ImageFileDirectory_v2:
     """Everything as a TIFF directory, to which the writer adds the tags of the pixels."""
     directory = ImageFileDirectory_v2()
@@ -146,6 +170,9 @@ def tiff_directory(metadata: Metadata) -> ImageFileDirectory_v2:
     if metadata.xmp:
         directory.tagtype[700] = 1  # bytes
         directory[700] = metadata.xmp
+    if metadata.iptc:
+        directory.tagtype[IPTC_TAG] = 7
+        directory[IPTC_TAG] = metadata.iptc
     if metadata.icc:
         directory.tagtype[34675] = 7
         directory[34675] = metadata.icc
@@ -168,6 +195,20 @@ def _raw_exif(image: Image.Image) -> bytes:
     while raw.startswith(EXIF_PREFIX):
         raw = raw[len(EXIF_PREFIX) :]
     return raw
+
+
+def _iptc(image: Image.Image) -> bytes:
+    """IPTC records as stored; empty where there are none or they are damaged."""
+    if image.format == "TIFF":
+        return _tiff_iptc(image.tag_v2)
+    resources = image.info.get("photoshop")
+    data = resources.get(IPTC_RESOURCE) if isinstance(resources, dict) else None
+    return data if isinstance(data, bytes) else b""
+
+
+def _tiff_iptc(directory: ImageFileDirectory_v2) -> bytes:
+    """As stored: where a writer calls them numbers of 32 bits, Pillow's value is but the first."""
+    return getattr(directory, "_tagdata", {}).get(IPTC_TAG, b"")
 
 
 def _tells_resolution(image: Image.Image, exif: bytes) -> bool:

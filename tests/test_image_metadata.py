@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, IptcImagePlugin, PngImagePlugin
 
 from efrdn_fast.images import Picture, read, write
 from efrdn_fast.metadata import Metadata
@@ -78,6 +78,42 @@ def test_bigtiff_gives_its_metadata_to_all(tmp_path, name, recwarn):
     after = read(write(tmp_path / name, read(tmp_path / "big.tiff"))).metadata
     assert parse_exif(after.exif)[MAKE] == "Maker" and not recwarn.list
     assert after.dpi == pytest.approx((300, 300), abs=0.02)
+
+
+IPTC = b"\x1c\x02\x78\x00\x09A caption\x1c\x02\x50\x00\x02me"  # 21 bytes, odd on purpose
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_iptc_goes_between_jpeg_and_tiff(tmp_path, dtype):
+    pixels = noise(14, 18, 3, np.uint8).astype(dtype) / (255 if dtype is np.float32 else 1)
+    picture = Picture(pixels.astype(dtype), Metadata(exif_block(), SRGB, XMP, iptc=IPTC))
+    after = read(write(tmp_path / "a.tiff", picture)).metadata
+    assert after.iptc == IPTC and after.icc == SRGB and parse_exif(after.exif)[MAKE] == "Maker"
+    after = read(write(tmp_path / "b.jpg", Picture(noise(14, 18, 3, np.uint8), after))).metadata
+    assert after.iptc == IPTC and after.icc == SRGB and b"xmpmeta" in after.xmp
+    with Image.open(tmp_path / "b.jpg") as image:
+        assert IptcImagePlugin.getiptcinfo(image)[2, 120] == b"A caption"
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_iptc_stored_as_numbers(tmp_path, order, bits, recwarn):
+    """As Photoshop does; 8 bits of gray, or 16 bits of gray + alpha."""
+    text, count, wide = IPTC + bytes(3), (1 if bits == 8 else 2), bits // 8
+    tags = {256: 1, 257: 1, 259: 1, 262: 1, 273: 8, 277: count, 278: 1, 279: count * wide}
+    end = 12 + 2 + 12 * (len(tags) + 2) + 4
+    rows = {tag: (4, 1, struct.pack(f"{order}I", value)) for tag, value in tags.items()}
+    rows[258] = (3, count, struct.pack(f"{order}{count}H", *[bits] * count).ljust(4, b"\0"))
+    rows[33723] = (4, len(text) // 4, struct.pack(f"{order}I", end))
+    data = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 12)
+    data += b"\x55\x55\xff\xff" + struct.pack(f"{order}H", len(rows))
+    for tag in sorted(rows):
+        kind, number, value = rows[tag]
+        data += struct.pack(f"{order}HHI", tag, kind, number) + value
+    (tmp_path / "a.tif").write_bytes(data + bytes(4) + text)
+    picture = read(tmp_path / "a.tif")
+    assert picture.pixels.shape == (1, 1, count) and int(picture.pixels.flat[0]) & 255 == 0x55
+    assert picture.metadata.iptc == text and not recwarn.list
 
 
 @pytest.mark.parametrize("source", ["a.tiff", "a.jpg", "a.png", "b.jpg"])

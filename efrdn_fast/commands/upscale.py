@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strip-metadata",
         action="store_true",
-        help="leave out EXIF, XMP and resolution; the colour profile stays",
+        help="leave out EXIF, XMP, IPTC and resolution; the colour profile stays",
     )
     parser.add_argument(
         "--dpi",
