@@ -138,8 +138,8 @@ def process(
 ) -> Iterator[Result]:
     """Do the jobs in order; one that fails is a result like any other.
 
-    `strip_metadata` leaves out EXIF, XMP, IPTC and resolution; the colour profile stays, for without it
-    the colours would change. `scale_dpi` multiplies the resolution too, so that a print keeps its
+    `strip_metadata` leaves out EXIF, XMP, IPTC and resolution; the colour profile stays, or the
+    colours would change. `scale_dpi` multiplies the resolution too, so that a print keeps its
     size; else the number stays and the print grows. `progress` gets (tiles done, tiles in all) of
     the present image, `frame_progress` that of a video.
     """
