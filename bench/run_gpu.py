@@ -91,7 +91,7 @@ def steps(out: Path, device: str = "cuda") -> list[Step]:
 
     ladder = ("network", "--full", "--seconds", "1.5", "--cap", "15")
     sizes = ("x4-64x64-b1", "x4-128x128-b1", "x4-320x180-b1", "x4-480x270-b1")
-    kernels = ("gcrb", "acrb", "conv3x3", "emha", "transformer", "--seconds", "0.5")
+    kernels = ("gcrb", "acrb", "conv3x3", "emha", "transformer", "gcrb_chain", "--seconds", "0.5")
     return [
         Step("environment", (*efrdn, "doctor", "--build"), 240, whole=True),
         Step("verify", verify, 40),

@@ -105,9 +105,11 @@ def test_gcrb_backward(shape, mid, groups, dtype, layout):
     testing.assert_close_to_reference(out, exact, [x, *params])
 
 
-def run_gcrb_chain(x: Tensor, params: list[Tensor], groups: int, order: str = "forward") -> list:
+def run_gcrb_chain(x, params, groups: int, order: str = "forward", given=None) -> list[Tensor]:
+    """`given`: the same `x` laid out otherwise."""
     n, c, h, w = x.shape
-    arrays = {"x": x} | {f"y{k}": nhwc(n, c, h, w, x.dtype) for k in range(3)}
+    arrays = {f"y{k}": nhwc(n, c, h, w, x.dtype) for k in range(3)}
+    arrays["x"] = x if given is None else given
     names = [f"{name}_{k}" for k in range(3) for name in NAMES]
     arrays |= dict(zip(names, params, strict=True))
     numbers = {"N": n, "C": c, "H": h, "W": w, "M": params[0].shape[0], "groups": groups}
@@ -260,6 +262,14 @@ def test_gcrb_forward_beyond_32_bits(dtype):
     numbers = {"N": n, "C": c, "H": h, "W": w, "M": 8, "groups": 2}
     arrays |= dict(zip(NAMES, params, strict=True))
     assert torch.equal(simt.run("gcrb_fwd", arrays, numbers)["y"], near)
+
+
+def test_gcrb_chain_beyond_32_bits():
+    x = testing.make_input((2, 32, 2, 3), layout="channels_last")
+    params = [p for _ in range(3) for p in gcrb_params(32, 8, 2)]
+    near = run_gcrb_chain(x, params, 2)
+    far = simt.Sparse(x, (((1 << 31) + 16) * 2, (1 << 31) + 16, 32))
+    assert all(map(torch.equal, run_gcrb_chain(x, params, 2, given=far), near))
 
 
 @pytest.mark.parametrize(
