@@ -208,12 +208,13 @@ def plan(ops: Sequence[str], backend: str, x: torch.Tensor) -> dict[str, str]:
         ValueError: No backend has this name.
         BackendUnavailable: The named backend implements none of them or cannot run here.
     """
-    return dict(zip(ops, _plan(tuple(ops), requested(backend), x.device, x.dtype), strict=True))
+    return dict(zip(ops, _plan(tuple(ops), backend, x.device, x.dtype), strict=True))
 
 
 def _plan(
     ops: tuple[str, ...], backend: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, ...]:
+    backend = requested(backend)
     serving = {op: {impl.backend for impl in implementations(op)} for op in ops}
     if backend != "auto" and not any(backend in names for names in serving.values()):
         _resolve(ops[0], backend, device, dtype)  # raises: it would serve nothing

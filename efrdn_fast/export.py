@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import __version__, reference
 from .checkpoint import atomic_write
+from .fast import EFRDNFast
 from .model import EFRDN
 from .transformer import TransformerBlock
 
@@ -97,7 +98,7 @@ def to_onnx(
 
 def exportable(net: EFRDN) -> EFRDN:
     """A copy of `net` that computes the same with exportable operations."""
-    net = copy.deepcopy(net)
+    net = copy.deepcopy(net.to_reference() if isinstance(net, EFRDNFast) else net)
     segments, segment_tokens = net.config.segments, net.config.segment_tokens or 0
     net.set_attention(lambda qkv, heads, _: _attention(qkv, heads, segments, segment_tokens))
     for i, block in enumerate(net.trans):

@@ -4,8 +4,9 @@ A network in evaluation mode, called without gradients, runs on weights packed f
 `packing`). They are derived at the first call for a device, compute dtype and choice of backends,
 and again as soon as a parameter or running statistic has changed; they are never saved, copied or
 pickled. Where gradients or the statistics of a batch are asked for, forward and backward run on
-fused ops (see `fast_training`). Tracing, compiling and tensors without data take the forward of
-EFRDN itself.
+fused ops (see `fast_training`), as they do where the call is recorded: by `torch.compile`,
+`torch.export`, or a dispatch mode such as the FLOP counter. `torch.jit.trace` and tensors of other
+classes take the forward of EFRDN itself.
 
 With EFRDN_FAST_CUDA_GRAPHS=1 a shape that comes again on a GPU is replayed as a CUDA graph (see
 `graphs`), unless the call is itself being captured. Off by default: no GPU has run it yet.
@@ -15,10 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import dispatch, env, graphs, reference
 from .blocks import BatchNorm
@@ -35,15 +38,16 @@ class EFRDNFast(EFRDN):
 
     A change through `parameter.data` is the one that PyTorch does not count: `train()` or `eval()`
     after it makes the packed weights anew. Hooks of sub-modules run in the plain forward only. In
-    training `dtype` says nothing: autocast does, as for EFRDN.
+    training, and where the call is recorded, `dtype` says nothing: autocast does, as for EFRDN.
 
     Args:
         scale, channels, distilled, segments, segment_tokens, fold, module, ablation: As `EFRDN`.
         backend: "auto", "reference", "triton", "cuda" or "cpu"; one that is named serves the ops
             that it implements, or raises, and the reference serves the others. Default: "auto".
         dtype: "auto" (that of the weights, or of autocast), "fp32", "tf32", "fp16" or "bf16".
-            Half precision keeps input, tails and output in the dtype of the weights; an output
-            that is not finite is computed again in bf16, then in fp32. Default: "auto".
+            Half precision keeps input, tails and output in the dtype of the weights; an image whose
+            output is not finite is computed again in bf16, then in fp32, except while the caller
+            captures a CUDA graph. Default: "auto".
 
     Raises:
         ValueError, TypeError: An argument is out of range; the message names it.
@@ -69,13 +73,13 @@ class EFRDNFast(EFRDN):
         if not isinstance(net, EFRDN):
             raise TypeError(f"EFRDNFast: expected an EFRDN, got {type(net).__name__}")
         _check_choices(backend, dtype)
-        fast = cls.__new__(cls)
-        nn.Module.__init__(fast)
-        for key, value in net.__dict__.items():
-            if key != "_packed":
-                fast.__dict__[key] = value.copy() if isinstance(value, (dict, set)) else value
+        fast = _sharing(cls, net)
         fast.backend, fast.dtype = backend, dtype
         return fast
+
+    def to_reference(self) -> EFRDN:
+        """The plain form, on the same parameters and buffers."""
+        return _sharing(EFRDN, self)
 
     @property
     def plan(self) -> dict[str, str] | None:
@@ -84,11 +88,22 @@ class EFRDNFast(EFRDN):
         return None if packed is None else dict(next(reversed(packed[1].values())).plan)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As `EFRDN.forward`: `[N, 3, H, W]` in [0, 1] -> `[N, 3, scale H, scale W]`."""
-        if _traced(x) or x.device.type == "meta":
+        """As `EFRDN.forward`: `[N, 3, H, W]` in [0, 1] -> `[N, 3, scale H, scale W]`.
+
+        A uint8 image, 0 to 255, gives a uint8 image, rounded and clamped, without gradients. NaN
+        in an image is no error: NaN comes out, in evaluation mode in that image alone.
+        """
+        if x.dtype == torch.uint8:
+            return self._bytes(x)
+        recorded = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        if x.device.type == "meta" or (
+            not recorded and (torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter))
+        ):
             return super().forward(x)
         check_input(x)
         self._check_fit(x)
+        if recorded:  # what is packed would be a constant in the record
+            return train_forward(self, x, self.backend)
         try:
             return self._forward(x)
         except (RuntimeError, MemoryError) as error:
@@ -102,6 +117,11 @@ class EFRDNFast(EFRDN):
             "EFRDN(segment_tokens=...)"
         )
 
+    @torch.no_grad()
+    def _bytes(self, x: Tensor) -> Tensor:
+        y = self.forward(x.to(self.head.weight.dtype) / 255)
+        return (y.clamp(0, 1) * 255).round().to(torch.uint8)
+
     def _forward(self, x: Tensor) -> Tensor:
         weights, differentiable = _state(self)
         if not differentiable and torch.is_grad_enabled():
@@ -109,27 +129,44 @@ class EFRDNFast(EFRDN):
             differentiable = replica or any(t.requires_grad for t in (x, *weights))
         if differentiable:
             return train_forward(self, x, self.backend)
-        own, device = self.head.weight.dtype, x.device
-        if self.dtype == "auto":
-            autocast = torch.is_autocast_enabled(device.type)
-            compute = torch.get_autocast_dtype(device.type) if autocast else own
-            return self._run(x, weights, compute)
-        _warn_when_slow(self.dtype, device)
-        tries = PRECISIONS[self.dtype]
-        for name in tries:
-            # On a CPU there is nothing to switch, and what is switched is of the whole process.
-            switch = precision(device, name) if device.type == "cuda" and name not in HALF else None
-            with switch or contextlib.nullcontext():
-                y = self._run(x, weights, HALF.get(name, torch.promote_types(own, torch.float32)))
-            # One reduction: a sum is finite only where all its terms are.
-            if len(tries) == 1 or bool(y.sum(dtype=torch.float32).isfinite()):
-                break
+        name = self.dtype
+        if name == "auto":
+            autocast = torch.is_autocast_enabled(x.device.type)
+            own = self.head.weight.dtype
+            compute = torch.get_autocast_dtype(x.device.type) if autocast else own
+            if compute not in HALF.values():
+                return self._run(x, weights, compute)
+            name = next(n for n, dtype in HALF.items() if dtype == compute)
         else:
-            return y  # not finite in any precision, as the input or the weights are not
-        if name != tries[0] and not self._overflowed:
-            self._overflowed = True
-            warnings.warn(f"EFRDNFast: {self.dtype} overflowed; the result was computed in {name}")
-        return y
+            _warn_when_slow(name, x.device)
+        first, *others = PRECISIONS[name]
+        y = self._in_precision(first, x, weights)
+        # To look at a result would break the caller's capture.
+        return self._rescued(y, x, weights, name, others) if not graphs.capturing(x) else y
+
+    def _rescued(
+        self, y: Tensor, x: Tensor, weights: list[Tensor], name: str, others: Sequence[str]
+    ) -> Tensor:
+        """`y` with the images that are not finite computed anew in other precisions, in turn."""
+        left = _not_finite(y).nonzero().flatten() if others else ()
+        for other in others:
+            if not len(left):
+                break
+            again = self._in_precision(other, x[left], weights)
+            failed = _not_finite(again)
+            y[left] = again
+            if not self._overflowed and not failed.all():
+                self._overflowed = True
+                warnings.warn(f"EFRDNFast: {name} overflowed; the result was computed in {other}")
+            left = left[failed]
+        return y  # what is not finite in any precision is so because input or weights are
+
+    def _in_precision(self, name: str, x: Tensor, weights: list[Tensor]) -> Tensor:
+        # On a CPU there is nothing to switch, and what is switched is of the whole process.
+        switch = precision(x.device, name) if x.is_cuda and name not in HALF else None
+        compute = torch.promote_types(self.head.weight.dtype, torch.float32)
+        with switch or contextlib.nullcontext():
+            return self._run(x, weights, HALF.get(name, compute))
 
     def _check_fit(self, x: Tensor) -> None:
         weight = self.head.weight
@@ -245,6 +282,21 @@ def accelerate(net: EFRDN, *, backend: str = "auto", dtype: str = "auto") -> EFR
     return EFRDNFast.from_reference(net, backend=backend, dtype=dtype)
 
 
+def _sharing(cls: type[EFRDN], net: EFRDN) -> EFRDN:
+    """A `cls` that has the parameters, buffers and parts of `net`."""
+    other = cls.__new__(cls)
+    nn.Module.__init__(other)
+    for key, value in net.__dict__.items():
+        if key not in ("_packed", "_overflowed", "backend", "dtype"):
+            other.__dict__[key] = value.copy() if isinstance(value, (dict, set)) else value
+    return other
+
+
+def _not_finite(y: Tensor) -> Tensor:
+    """Per image, by one reduction: a sum is finite only where all its terms are."""
+    return ~y.sum(dim=(1, 2, 3), dtype=torch.float32).isfinite()
+
+
 def _check_choices(backend: str, dtype: str) -> None:
     if dtype not in PRECISIONS:
         raise ValueError(f"EFRDNFast: dtype must be one of {', '.join(PRECISIONS)}; got {dtype!r}")
@@ -252,15 +304,6 @@ def _check_choices(backend: str, dtype: str) -> None:
         table = {row.backend: row.reason for row in dispatch.backends()}
         names = ", ".join(f"{n} (not here: {why})" if why else n for n, why in table.items())
         raise ValueError(f"EFRDNFast: backend must be one of auto, {names}; got {backend!r}")
-
-
-def _traced(x: Tensor) -> bool:
-    """Whether somebody records this call: packed weights would be constants in the record."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or type(x) not in (Tensor, nn.Parameter)
-    )
 
 
 def _graph_key(net: EFRDN, x: Tensor) -> tuple | None:

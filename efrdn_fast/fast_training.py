@@ -201,8 +201,10 @@ class _Walk:
         weights = (w for conv in convs for w in (conv.weight, conv.bias))
         return fusion.calibrate(base, x, *weights, backend=self.plan["calibrate"])
 
-    def transformer(self, block: TransformerBlock, x: Tensor) -> Tensor:
+    def transformer(self, block: nn.Module, x: Tensor) -> Tensor:
         """Eqs. 28-30."""
+        if not isinstance(block, TransformerBlock):
+            return block(x)
         emha, mlp, backend = block.emha, block.mlp, self.plan["unfold"]
         t = tokens.unfold(x, backend)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import env
 from .device import is_out_of_memory
 
-__all__ = ["BOUND", "CudaGraph", "GraphCache", "capturable"]
+__all__ = ["BOUND", "CudaGraph", "GraphCache", "capturable", "capturing"]
 
 BOUND = 4
 """Graphs that a cache keeps; each owns the memory of a whole forward pass."""
@@ -29,9 +29,14 @@ SEEN = 64
 """Keys that are remembered as having come once."""
 
 
+def capturing(x: Tensor) -> bool:
+    """Whether the caller captures a graph of what is done with `x`."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def capturable(x: Tensor) -> bool:
     """Whether a forward pass of `x` may be a graph: on a GPU, not inside the caller's capture."""
-    return x.is_cuda and env.cuda_graphs() and not torch.cuda.is_current_stream_capturing()
+    return x.is_cuda and env.cuda_graphs() and not capturing(x)
 
 
 class CudaGraph:

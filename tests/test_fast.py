@@ -379,17 +379,6 @@ def test_warns_of_slow_half_precision_once(monkeypatch):
     assert len(caught) == 1
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_compiles_in_one_graph(compiler):
-    net, x = trained(EFRDNFast, module="imdb"), torch.rand(1, 3, 6, 7)
-    torch._dynamo.reset()
-    compiled = torch.compile(net, backend=compiler, fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
-        net.head.weight.mul_(2)
-        torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
-
-
 def test_without_data():
     """Meta tensors give the shape, as EFRDN does."""
     net = trained(EFRDNFast).to("meta")
@@ -439,7 +428,8 @@ def test_named_backend_that_cannot_run_says_why():
     [
         (torch.rand(3, 8, 8), ValueError, r"\[N, 3, H, W\].*\[3, 8, 8\]"),
         (torch.rand(1, 3, 2, 8), ValueError, r"at least 3.*\[2, 8\]"),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), TypeError, "floating.*uint8"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.int32), TypeError, "floating.*int32"),
+        (torch.zeros(1, 3, 2, 8, dtype=torch.uint8), ValueError, r"at least 3.*\[2, 8\]"),
         (torch.rand(1, 3, 8, 8).double(), TypeError, "input is torch.float64.*torch.float32"),
     ],
 )
@@ -486,28 +476,3 @@ def test_changed_input_shape():
     net = trained(EFRDNFast)
     for shape in ((1, 3, 6, 7), (2, 3, 9, 5), (1, 3, 3, 3), (1, 3, 6, 7)):
         check(net, torch.rand(shape))
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_exports(mode):
-    """One graph with the parameters as inputs, which a change of them reaches."""
-    net = trained(EFRDNFast, ablation="no_fflb").train(mode == "train")
-    x = torch.rand(1, 3, 6, 7)
-    with torch.no_grad():
-        exported = torch.export.export(net, (x,)).module()
-        expected = as_reference(net).train(mode == "train")(x)
-        torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_compiled_training_step():
-    net = trained(EFRDNFast, ablation="no_fflb").train()
-    plain = copy.deepcopy(as_reference(net)).train()
-    x = torch.rand(2, 3, 6, 7)
-    torch._dynamo.reset()
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    for each in (compiled, plain):
-        each(x).square().mean().backward()
-    for (name, a), b in zip(plain.named_parameters(), net.parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6, msg=name)
-    for a, b in zip(plain.buffers(), net.buffers(), strict=True):
-        torch.testing.assert_close(b, a)
