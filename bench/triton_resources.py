@@ -92,7 +92,7 @@ class Kernel:
     def config(self) -> str:
         """Launch config as text."""
         shown = ("PX", "Q", "NB", "HEIGHT", "WIDTH", "BLOCK_M", "BLOCK_N", "P")
-        shown += ("num_warps", "num_stages")
+        shown += _COMPILED
         return " ".join(f"{k}={v}" for k, v in self.launch.options.items() if k in shown)
 
 
@@ -207,11 +207,15 @@ def _signature(kernel: _launch.Launch) -> tuple[dict[str, Any], dict[Any, Any], 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
+_COMPILED = ("num_warps", "num_stages", "maxnreg")
+"""Options of the compiler; the others are arguments of the kernel."""
+
+
 def compile_for(kernel: _launch.Launch, architecture: int) -> Any:
     """The compiled kernel; Triton keeps it in its cache."""
     types, constants, attributes = _signature(kernel)
     source = ASTSource(kernel.kernel, types, constants, attributes)
-    options = {k: v for k, v in kernel.options.items() if k in ("num_warps", "num_stages")}
+    options = {k: v for k, v in kernel.options.items() if k in _COMPILED}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
@@ -223,8 +227,13 @@ def _disassembler() -> str:
 def measure(kernel: _launch.Launch, architecture: int) -> Resources:
     """Compile for one architecture (80 for sm_80) and read the machine code."""
     compiled = compile_for(kernel, architecture)
+    return _read(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+@functools.cache
+def _read(cubin: bytes, shared: int) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage, code = (
             subprocess.run(
@@ -234,7 +243,7 @@ def measure(kernel: _launch.Launch, architecture: int) -> Resources:
         )
     return Resources(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        shared=compiled.metadata.shared,
+        shared=shared,
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         mma=len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", code)),
     )
@@ -294,10 +303,9 @@ def main() -> None:
     for kernel in chosen:
         known = cells.setdefault((kernel.name, kernel.config), {})
         known.update({a: cell(measure(kernel.launch, a)) for a in args.sm})
-    text = render(found if args.write else chosen, cells)
-    if args.write:
-        TABLE.write_text(text, encoding="utf-8")
-    print(text, end="")
+        if args.write:  # what is compiled stays, should this be stopped
+            TABLE.write_text(render(found, cells), encoding="utf-8")
+    print(render(found if args.write else chosen, cells), end="")
 
 
 if __name__ == "__main__":

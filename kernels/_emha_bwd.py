@@ -201,6 +201,8 @@ def emha_backward(
         *(qkv, grad_out, out.contiguous(), lse.contiguous(), norm, grad_qkv, *shape),
         **(options | {"BLOCK_M": rows, "BLOCK_N": columns}),
     )
+    if qkv.dtype != torch.float32:  # else ptxas spills four values for a third block on sm_120
+        options["maxnreg"] = 255
     launch(
         _emha_bwd_key_kernel,
         segments * triton.cdiv(length, rows),

@@ -14,10 +14,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is for Linux; it is not installed here")
 REPOSITORY = Path(__file__).resolve().parent.parent
-COMPLETE = (80, 90)
-"""Architectures for which every kernel has been compiled."""
-SPILL = ("token_", "emha_backward ")
-"""Kernels that spill on an architecture or in a dtype; no other may."""
+TOKENS = "token_"
+"""Kernels around attention: only they may spill, or be missing but on these architectures."""
+TOKENS_COMPLETE = (80, 90)
 SAMPLE = (
     ("gcrb g=2 float32", 90),
     ("gcrb g=8 float32", 80),
@@ -25,6 +24,7 @@ SAMPLE = (
     ("gcrb_chain float16", 90),
     ("gcrb_train float32 3/4", 80),
     ("emha float16 2/2", 90),
+    ("emha_backward float16 2/2", 120),
     ("acrb float32", 120),
     ("acrb_backward float32 3/4", 100),
     ("conv3x3 32->32 g=1 bfloat16", 90),
@@ -71,13 +71,15 @@ def test_table_has_every_kernel_with_its_config(table, kernels):
 
 
 def test_table_is_complete(table):
-    missing = [(row, a) for row, cells in table.items() for a in COMPLETE if cells[a] == "-"]
-    assert missing == []
+    missing = [(row, a) for row, cells in table.items() for a in cells if cells[a] == "-"]
+    assert [
+        (row, a) for row, a in missing if a in TOKENS_COMPLETE or not row[0].startswith(TOKENS)
+    ] == []
 
 
-def test_only_kernels_of_attention_spill(table):
+def test_only_kernels_around_attention_spill(table):
     spill = [name for (name, _), cells in table.items() if "spill" in "".join(cells.values())]
-    assert [name for name in spill if not name.startswith(SPILL)] == []
+    assert [name for name in spill if not name.startswith(TOKENS)] == []
 
 
 @pytest.mark.parametrize(("name", "architecture"), SAMPLE)
