@@ -99,13 +99,33 @@ def process_group(device: str | torch.device = "cpu") -> Iterator[World]:
         return
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(here.local_rank)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", here.local_rank))
+        device = torch.device("cuda", here.local_rank)
+        dist.init_process_group("nccl", device_id=device, **_store_of_this_attempt(here))
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **_store_of_this_attempt(here))
     try:
         yield here
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_this_attempt(here: World) -> dict[str, Any]:
+    """Keep the addresses of workers that died out of sight of those that torchrun restarted.
+
+    torchrun's agent serves one key-value store to all attempts, under the same keys. On one machine
+    every worker has the same count of restarts, which sets the attempts apart; agents of several
+    machines count apart, so there docs/training.md names torchrun's own switch.
+    """
+    env = os.environ
+    shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not shared or env.get("LOCAL_WORLD_SIZE") != str(here.size):
+        return {}
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+    attempt = f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return {
+        **{"store": dist.PrefixStore(attempt, store), "rank": here.rank},
+        "world_size": here.size,
+    }
 
 
 def _device() -> str:

@@ -17,7 +17,9 @@ SMALL = ["--seconds", "0.05", "--device", "cpu"]
 
 def bench(*words: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words]
-    environment = {**os.environ, "PYTHONPATH": str(run_gpu.ROOT)}
+    # pytest-benchmark turns itself off in a process that descends from a worker of pytest-xdist.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")}
+    environment["PYTHONPATH"] = str(run_gpu.ROOT)
     return subprocess.run(
         command, cwd=run_gpu.ROOT, env=environment, capture_output=True, text=True
     )
@@ -37,15 +39,13 @@ def test_pytest_bench_writes_results_and_the_form_of_pytest_benchmark(tmp_path):
     assert rows.keys() == {"eager", "folded"}  # the baseline comes with what was asked for
     assert rows["eager"]["ratio"] > 0 and rows["eager"]["copy_share"] > 0
     assert path.with_suffix(".csv").is_file()
-    # On a busy machine every row may be noisy; the plugin then gets none and writes no file.
-    stored = json.loads(shown.read_text())["benchmarks"] if shown.is_file() else []
+    stored = json.loads(shown.read_text())["benchmarks"]
     found = {each["params"]["variant"]: each for each in stored}
+    assert found.keys() == rows.keys()
     for name, each in found.items():
         assert each["group"].startswith("bench_gcrb N16") and each["extra_info"]["mode"] == "warm"
         assert each["stats"]["rounds"] == rows[name]["samples"]
         assert each["stats"]["min"] * 1e3 == pytest.approx(rows[name]["min_ms"], rel=1e-3)
-    quotable = {name for name, row in rows.items() if row["status"] == "measured"}
-    assert quotable <= found.keys()
 
 
 @pytest.mark.parametrize(
