@@ -191,19 +191,20 @@ def _how(upscaler: Upscaler) -> dict:
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Warnings of the block begin with `source`, as errors do."""
-    show = warnings.showwarning
+    """Warnings of the block begin with `source`, as errors do, and are those of no earlier block.
 
-    def named(message, category, *rest, **more) -> None:
-        text = str(message)
-        text = text if text.startswith(source) else f"{source}: {text}"
-        show(category(text), category, *rest, **more)
+    To enter `catch_warnings` forgets what was shown: one text is told of every file it is true of.
+    """
+    with warnings.catch_warnings():
+        show = warnings.showwarning
 
-    warnings.showwarning = named
-    try:
+        def named(message, category, *rest, **more) -> None:
+            text = str(message)
+            text = text if text.startswith(source) else f"{source}: {text}"
+            show(category(text), category, *rest, **more)
+
+        warnings.showwarning = named
         yield
-    finally:
-        warnings.showwarning = show
 
 
 def _upscale(picture: Picture, job: Job, upscaler: Upscaler, progress: Progress | None) -> Picture:

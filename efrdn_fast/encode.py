@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 import struct
 import warnings
@@ -32,7 +33,8 @@ FORMATS = {
 
 LONGEST_EDGE = {"JPEG": 65_535, "WEBP": 16_383}
 CLASSIC_4_GIB = ("TIFF", "BMP")
-MARKER_BYTES = 65_500  # EXIF and XMP go into one JPEG segment each
+MARKER_BYTES = 65_500  # EXIF, XMP and IPTC go into one JPEG segment each
+MOST_DPI = {"JPEG": 65_535, "PNG": 50_000_000, "BMP": 50_000_000}  # PNG, BMP: 31 bits per metre
 STRIP_ROWS = 256
 EIGHT_BIT = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
@@ -42,6 +44,10 @@ def encode(pixels: np.ndarray, metadata: Metadata, kind: str, quality: int = 95)
 
     `quality` is for JPEG, written without chroma subsampling, and WebP; the others are lossless.
     """
+    if metadata.dpi and max(metadata.dpi) > MOST_DPI.get(kind, math.inf):
+        dots = " x ".join(f"{each:.6g}" for each in metadata.dpi)
+        warnings.warn(f"a resolution of {dots} dpi does not fit {kind} and was left out")
+        metadata = dataclasses.replace(metadata, dpi=None)
     if kind == "TIFF":
         return _encode_tiff(pixels, metadata)
     if kind == "PNG" and pixels.dtype == np.uint16:
@@ -101,7 +107,7 @@ def to_pil(pixels: np.ndarray) -> Image.Image:
 
 
 def _encode_pillow(pixels: np.ndarray, metadata: Metadata, kind: str, quality: int) -> bytes:
-    exif, xmp, iptc = metadata.exif, metadata.xmp, jpeg_iptc(metadata)
+    exif, xmp, iptc = metadata.exif, metadata.xmp, metadata.iptc
     if kind == "JPEG" and max(map(len, (exif, xmp, iptc))) > MARKER_BYTES:
         warnings.warn("EXIF, XMP or IPTC of more than 64 KiB does not fit JPEG and was left out")
         blocks = (exif, xmp, iptc)
@@ -118,7 +124,7 @@ def _encode_pillow(pixels: np.ndarray, metadata: Metadata, kind: str, quality: i
     elif kind in ("JPEG", "WEBP"):
         options |= {"quality": quality, "xmp": xmp}
     if kind == "JPEG":
-        options |= {"subsampling": "4:4:4", "extra": iptc}
+        options |= {"subsampling": "4:4:4", "extra": jpeg_iptc(iptc)}
     file = io.BytesIO()
     to_pil(pixels).save(file, kind, **options)
     return file.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import struct
 import zlib
@@ -86,16 +87,11 @@ def collect(image: Image.Image) -> tuple[Metadata, int]:
     except Exception:  # Pillow's EXIF parser raises nearly anything on damaged blocks
         exif, orientation = b"", 1
     xmp = info.get("xmp") or b""
-    dpi = info.get("dpi") if _tells_resolution(image, exif) else None
-    try:
-        dpi = (float(dpi[0]), float(dpi[1])) if dpi and min(dpi) > 0 else None
-    except (TypeError, ValueError, ZeroDivisionError):
-        dpi = None
     metadata = Metadata(
         exif=exif,
         icc=info.get("icc_profile") or b"",
         xmp=xmp.encode() if isinstance(xmp, str) else bytes(xmp),
-        dpi=dpi,
+        dpi=_dots(info.get("dpi")) if _tells_resolution(image, exif) else None,
         iptc=_iptc(image),
     )
     return metadata, orientation if orientation in range(1, 9) else 1
@@ -111,12 +107,12 @@ def collect_tiff(data: bytes) -> Metadata:
         raw = _own_exif(exif)
     except Exception:  # Pillow's EXIF parser raises nearly anything on damaged blocks
         return Metadata()
-    dots = [float(own[tag] or 0) * {3: 2.54}.get(own[UNIT], 1) for tag in RESOLUTION]
+    dots, factor = _dots([own[tag] for tag in RESOLUTION]), {3: 2.54}.get(own[UNIT], 1)
     return Metadata(
         exif=raw.removeprefix(EXIF_PREFIX),
         icc=own[34675] or b"",
         xmp=own[700] or b"",
-        dpi=(dots[0], dots[1]) if min(dots) > 0 and own[UNIT] in (2, 3, None) else None,
+        dpi=(dots[0] * factor, dots[1] * factor) if dots and own[UNIT] in (2, 3, None) else None,
         iptc=iptc,
     )
 
@@ -144,9 +140,8 @@ def png_chunks(metadata: Metadata) -> list[tuple[bytes, bytes]]:
     return chunks
 
 
-def jpeg_iptc(metadata: Metadata) -> bytes:
+def jpeg_iptc(data: bytes) -> bytes:
     """IPTC as a JPEG segment: the one resource of Photoshop that tells nothing of the pixels."""
-    data = metadata.iptc
     if not data:
         return b""
     resource = b"8BIM" + struct.pack(">HHI", IPTC_RESOURCE, 0, len(data)) + data
@@ -209,6 +204,15 @@ def _iptc(image: Image.Image) -> bytes:
 def _tiff_iptc(directory: ImageFileDirectory_v2) -> bytes:
     """As stored: where a writer calls them numbers of 32 bits, Pillow's value is but the first."""
     return getattr(directory, "_tagdata", {}).get(IPTC_TAG, b"")
+
+
+def _dots(pair: object) -> tuple[float, float] | None:
+    """Horizontal and vertical resolution; None unless both are positive numbers."""
+    try:
+        dots = float(pair[0]), float(pair[1])
+    except (TypeError, ValueError, IndexError, ArithmeticError):
+        return None
+    return dots if all(0 < each < math.inf for each in dots) else None
 
 
 def _tells_resolution(image: Image.Image, exif: bytes) -> bool:

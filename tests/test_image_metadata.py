@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import struct
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, IptcImagePlugin, PngImagePlugin
 
 from efrdn_fast.images import Picture, read, write
-from efrdn_fast.metadata import Metadata
+from efrdn_fast.metadata import Metadata, collect
 from tests.image_files import (
     EXIF_IFD,
     EXPOSURE,
@@ -225,3 +227,40 @@ def test_large_exif_is_left_out_of_jpeg_with_a_warning(tmp_path):
         write(tmp_path / "a.jpg", Picture(smooth(8, 8, 3), Metadata(exif=block, icc=SRGB)))
     after = read(tmp_path / "a.jpg").metadata
     assert after.exif == b"" and after.icc == SRGB
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((f"a.{ext}", np.uint8) for ext in ("png", "jpg", "webp", "bmp", "tiff")),
+        *((f"a.{ext}", np.uint16) for ext in ("png", "tiff")),
+    ],
+)
+def test_large_iptc_and_resolution_never_stop_a_picture(tmp_path, name, dtype):
+    """TIFF holds any; JPEG has 64 KiB and 16 bits for them."""
+    about = Metadata(icc=SRGB, iptc=b"i" * 70_000, dpi=(4e9, 4e9))
+    picture = read(write(tmp_path / "in.tiff", Picture(smooth(8, 8, 3).astype(dtype), about)))
+    assert picture.metadata == about
+    path = tmp_path / name
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        write(path, picture)
+    texts = [str(warning.message) for warning in caught]
+    dropped = [text for text in texts if "resolution of 4e+09 x 4e+09 dpi does not fit" in text]
+    assert len(dropped) == (path.suffix in (".png", ".jpg", ".bmp"))  # WebP never has one
+    cut = [text for text in texts if "IPTC of more than 64 KiB does not fit JPEG" in text]
+    assert len(cut) == (path.suffix == ".jpg")
+    after = read(path)
+    assert after.pixels.dtype == dtype
+    if name != "a.bmp":  # it holds pixels and a resolution only
+        assert after.metadata.icc == SRGB
+        assert after.metadata.dpi == (about.dpi if name == "a.tiff" else None)
+
+
+@pytest.mark.parametrize(
+    "dots", [(math.nan, 72.0), (math.inf, 72.0), (72.0, 0.0), (72.0,), 72, "x"]
+)
+def test_resolution_that_is_none(tmp_path, dots):
+    image = Image.new("RGB", (4, 4))
+    image.info["dpi"] = dots
+    assert collect(image)[0].dpi is None

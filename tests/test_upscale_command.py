@@ -15,6 +15,7 @@ from PIL import Image
 from efrdn_fast import __version__, batch, checkpoint, cli, images
 from efrdn_fast.batch import plan
 from efrdn_fast.images import Picture
+from efrdn_fast.metadata import Metadata
 from tests.image_files import SRGB
 from tests.program import picture, tree
 
@@ -306,6 +307,16 @@ def test_warnings_are_one_line(here, upscale, monkeypatch):
     assert len(err) == 1
     start = "efrdn upscale: warning: a.png: 80x64 px do not fit on cpu in one piece"
     assert err[0].startswith(start)
+
+
+def test_a_warning_is_told_of_every_file(here, upscale):
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    for name in ("a.tiff", "b.tiff"):
+        images.write(name, Picture(pixels, Metadata(iptc=b"i" * 70_000)))
+    status, _, err = upscale("a.tiff", "b.tiff", "--ext", "jpg")
+    assert status == 0
+    assert [line.split(": ")[2] for line in err] == ["a.tiff", "b.tiff"]
+    assert all("IPTC of more than 64 KiB" in line for line in err)
 
 
 def test_full_disk_is_one_line_and_leaves_nothing(here, upscale, monkeypatch):
