@@ -247,7 +247,8 @@ def _tags(metadata: dict) -> dict:
 
 def _try_header(av, container, stream, target: Path, form: Form) -> None:
     """Raise ValueError now rather than after hours if the container cannot hold the streams."""
-    name = {"mkv": "matroska", "m4v": "mp4"}.get(target.suffix[1:], target.suffix[1:])
+    name = target.suffix[1:].lower()
+    name = {"mkv": "matroska", "m4v": "mp4"}.get(name, name)
     try:
         with av.open(os.devnull, "w", format=name) as output:
             _layout(container, stream, output, target, form)

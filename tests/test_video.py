@@ -298,6 +298,15 @@ def test_webm(tmp_path, pixels, codec):
     assert times == [round(t, 3) for t, _ in frames(source)]
 
 
+@pytest.mark.parametrize("name", ["A.MKV", "A.M4V", "A.Mov"])
+def test_capital_letters(tmp_path, name):
+    source = clip(tmp_path / name, VARIABLE[:3])
+    (job,) = plan([source], None, scale=2)
+    video.upscale_video(source, job.target, Upscaler(2, Twice()))
+    assert job.target.name == f"A_x2{source.suffix}"
+    assert len(frames(job.target)) == 3 and packets(job.target, "audio")
+
+
 def test_ffv1_is_lossless(tmp_path):
     options = video.VideoOptions("ffv1")
     source = clip(tmp_path / "c.mkv", sound=False)
