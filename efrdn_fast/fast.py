@@ -93,6 +93,8 @@ class EFRDNFast(EFRDN):
         A uint8 image, 0 to 255, gives a uint8 image, rounded and clamped, without gradients. NaN
         in an image is no error: NaN comes out, in evaluation mode in that image alone.
         """
+        if not isinstance(x, Tensor):
+            check_input(x)  # raises
         if x.dtype == torch.uint8:
             return self._bytes(x)
         recorded = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()

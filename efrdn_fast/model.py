@@ -125,6 +125,11 @@ class EFRDN(nn.Module):
 
 def check_input(x: Tensor) -> None:
     """Raise unless `x` is a floating [N, 3, H, W] batch of at least 3 x 3 pixels."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"EFRDN: input must be a tensor [N, 3, H, W], got {type(x).__name__}; "
+            "efrdn_fast.upscale() takes arrays and Pillow images"
+        )
     if x.ndim != 4 or x.shape[1] != 3:
         raise ValueError(f"EFRDN: input must be [N, 3, H, W], got {list(x.shape)}")
     if not x.is_floating_point():

@@ -20,8 +20,8 @@ from .transformer import TransformerBlock
 
 __all__ = ["OPS", "Conv", "PackedACDM", "PackedGConv", "PackedTransformer", "Target", "pack_body"]
 
-OPS = ("gcrb", "acrb_out", "emha", "merge3x3", "calibrate", "sigmoid_gate")
-"""Ops of `functional` that the packed network calls; each has a backend of its own."""
+OPS = ("gcrb", "acrb_out", "emha", "merge3x3", "calibrate", "sigmoid_gate", "unfold")
+"""Ops that the packed network calls; each has a backend of its own, `fold` that of `unfold`."""
 
 CPU_TOKENS = 2048
 """Tokens that the transformer block takes through its Linear layers at a time on a CPU."""
@@ -303,14 +303,14 @@ class PackedTransformer:
         self.proj = take(emha.proj.weight), take(emha.proj.bias)
         self.fc1 = take(mlp.fc1.weight, 1), to.weight(mlp.fc1.bias)
         self.fc2 = take(mlp.fc2.weight), take(mlp.fc2.bias)
-        self.emha, self.mean, self.backend = emha, block.fold == "mean", to.plan["emha"]
+        self.emha, self.mean, self.plan = emha, block.fold == "mean", to.plan
 
     def norm(self, t: Tensor, which: int) -> Tensor:
         weight, bias, eps = self.norms[which]
         return F.layer_norm(t, weight.shape, weight, bias, eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        t = tokens.unfold(x)  # [N, H W, 9 C]
+        t = tokens.unfold(x, self.plan["unfold"])  # [N, H W, 9 C]
         n, count, _ = t.shape
         # What is 9 C wide stays in the caches of a CPU; a GPU is better filled by one call.
         parts = t.flatten(0, 1).split(CPU_TOKENS if x.device.type == "cpu" else n * count)
@@ -318,14 +318,14 @@ class PackedTransformer:
         heads, length = self.emha.heads, self.emha.segment_length(count)
         attention = self.emha.attention
         if attention in (reference.emha, reference.emha_sdpa):  # the same, through PyTorch
-            attention = functools.partial(functional.emha, backend=self.backend)
+            attention = functools.partial(functional.emha, backend=self.plan["emha"])
         a = attention(qkv.view(n, count, -1), heads, length).flatten(0, 1)
         del qkv
         for part, y in zip(parts, a.split(len(parts[0])), strict=True):
             _add_linear(part, y, *self.proj)  # (28)
             h = F.linear(self.norm(part, 1), *self.fc1).relu_()
             _add_linear(part, h, *self.fc2)  # (29)
-        return tokens.fold(t, x.shape, self.mean)
+        return tokens.fold(t, x.shape, self.mean, self.plan["unfold"])
 
 
 def _add_linear(t: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -220,6 +220,7 @@ def test_set_attention_reaches_both_blocks():
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
+        ([[0.5]], TypeError, "must be a tensor.*got list.*upscale"),
         (torch.rand(3, 8, 8), ValueError, r"\[N, 3, H, W\].*\[3, 8, 8\]"),
         (torch.rand(1, 1, 8, 8), ValueError, r"\[N, 3, H, W\].*\[1, 1, 8, 8\]"),
         (torch.rand(1, 3, 2, 8), ValueError, r"at least 3.*\[2, 8\]"),
