@@ -165,18 +165,19 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def choose(op: str, backend: str, x: torch.Tensor) -> str:
+def choose(op: str, backend: str, x: torch.Tensor, misfit: str | None = None) -> str:
     """Name of the backend that serves `op` on `x`.
 
     Args:
         op: A key of `IMPLS`.
         backend: "auto" (then `use_backend`, then EFRDN_FAST_BACKEND decide), or a backend's name.
+        misfit: Why only the reference takes these sizes; None where every backend does.
 
     Raises:
         ValueError: No backend has this name.
         BackendUnavailable: The named backend cannot run here; the message says why.
     """
-    return _choose(op, backend, x.device, x.dtype)
+    return _choose(op, backend, x.device, x.dtype, misfit)
 
 
 def requested(backend: str) -> str:
@@ -184,8 +185,18 @@ def requested(backend: str) -> str:
     return (_override.get() or env.backend()) if backend == "auto" else backend
 
 
-def _choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    return _resolve(op, requested(backend), device, dtype)
+def _choose(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, misfit: str | None = None
+) -> str:
+    backend = requested(backend)
+    if misfit is None:
+        return _resolve(op, backend, device, dtype)
+    if _check_name(op, backend) not in ("auto", "reference"):
+        _resolve(op, backend, device, dtype)
+        raise BackendUnavailable(
+            f"{op}: backend {backend!r} cannot run: {misfit} (reference: can run)"
+        )
+    return "reference"
 
 
 # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo (2 s): a

@@ -167,9 +167,9 @@ class _Walk:
         return self.self_calibrated(block.scca, self.merge(block.fuse3, m + g3))
 
     def merge(self, conv: nn.Conv2d, a: Tensor, b: Tensor | None = None, **options) -> Tensor:
-        return fusion.merge3x3(
-            a, conv.weight, b, groups=conv.groups, backend=self.plan["merge3x3"], **options
-        )
+        fits = fusion.merge_misfit(conv.weight, conv.groups, b is not None) is None
+        backend = self.plan["merge3x3"] if fits else "reference"
+        return fusion.merge3x3(a, conv.weight, b, groups=conv.groups, backend=backend, **options)
 
     def self_calibrated(self, block: blocks.SelfCalibrated, x: Tensor) -> Tensor:
         left, right = _conv1x1(block.split, x).chunk(2, dim=1)

@@ -1,6 +1,6 @@
 """Public ops of one block each, re-exported by `functional`, whose conventions they keep.
 
-They have CPU kernels for some widths; at others, and on other devices, the reference serves them.
+They have CPU kernels for some widths; at others, and on other devices, `auto` takes the reference.
 Without autocast maps of several dtypes go to the widest of them.
 """
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from . import dispatch, ops_fusion
 from .checks import check_groups, check_like, check_map, check_rank, check_weights
+from .tokens import width_misfit
 
-__all__ = ["calibrate", "merge3x3", "sigmoid_gate"]
+__all__ = ["calibrate", "merge3x3", "merge_misfit", "sigmoid_gate"]
 
 _ops = getattr(torch.ops, ops_fusion.NAMESPACE)
 
@@ -58,11 +59,19 @@ def merge3x3(
         check_like(op, "gate", gate, shape, a)
     if residual is not None:
         check_like(op, "residual", residual, (n, channels, height, width), a)
-    # What the kernel is written for: groups of four channels out, and of four in from every map.
-    fits = channels == 4 * groups and channels % 32 == 0
-    fits = fits and inputs // groups in ((4,) if b is None else (4, 8))
-    backend = dispatch.choose(op, backend, a) if fits else "reference"
+    backend = dispatch.choose(op, backend, a, merge_misfit(weight, groups, b is not None))
     return _ops.merge3x3(a, b, gate, residual, weight, relu, groups, backend)
+
+
+def merge_misfit(weight: Tensor, groups: int, joins: bool) -> str | None:
+    """Why the kernel of `merge3x3` does not take a weight; None: it does. `joins`: of two maps."""
+    channels, inputs = weight.shape[:2]
+    if channels == 4 * groups and channels % 32 == 0 and inputs in ((4, 8) if joins else (4,)):
+        return None
+    return (
+        f"it takes groups of 4 channels, a multiple of 32 in all, from {'4 or 8' if joins else 4}; "
+        f"got {channels} in {groups} groups from {inputs}"
+    )
 
 
 def calibrate(
@@ -110,8 +119,7 @@ def sigmoid_gate(x: Tensor, logits: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def _choose(op: str, backend: str, x: Tensor) -> str:
-    """The kernels take 16 channels at a time."""
-    return "reference" if x.shape[1] % 16 else dispatch.choose(op, backend, x)
+    return dispatch.choose(op, backend, x, width_misfit(x.shape[1]))
 
 
 def _widest(op: str, **maps: Tensor | None) -> list[Tensor | None]:

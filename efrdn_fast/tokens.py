@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import dispatch, ops_fusion
 
-__all__ = ["fold", "nhwc", "unfold"]
+__all__ = ["fold", "nhwc", "unfold", "width_misfit"]
 
 _ops = getattr(torch.ops, ops_fusion.NAMESPACE)
 
@@ -31,8 +31,12 @@ def fold(t: Tensor, shape: torch.Size, mean: bool, backend: str = "auto") -> Ten
 
 
 def _choose(op: str, backend: str, x: Tensor, channels: int) -> str:
-    """The kernel moves 16 channels at a time."""
-    return "reference" if channels % 16 else dispatch.choose(op, backend, x)
+    return dispatch.choose(op, backend, x, width_misfit(channels))
+
+
+def width_misfit(channels: int) -> str | None:
+    """Why the CPU kernels of tokens and gates do not take so many channels; None: they do."""
+    return f"it takes channels in multiples of 16, got {channels}" if channels % 16 else None
 
 
 def _patches(like: Tensor, length: int) -> Tensor:

@@ -1,10 +1,13 @@
 """Ops of one block each: CPU kernels against the reference in float64, gradients included."""
 
+import functools
+
 import pytest
 import torch
 
 from efrdn_fast import dispatch, fusion, tokens
 from efrdn_fast.blocks import CC
+from efrdn_fast.errors import BackendUnavailable
 from efrdn_fast.transformer import overlap_count
 
 SIZES = ((2, 5, 7), (1, 33, 17), (3, 16, 16), (1, 1, 1))
@@ -150,12 +153,23 @@ def test_tokens_differentiate_twice():
 
 
 def test_other_widths_take_the_reference():
+    """By `auto`; a backend that is named runs or says why not."""
     a, b = maps(2, (1, 4, 5), 24)
-    weight = torch.randn(48, 6, 3, 3)
-    y = fusion.merge3x3(a, weight, b, groups=8)
-    assert y.shape == (1, 48, 4, 5)
-    assert fusion.sigmoid_gate(a, b).shape == a.shape
-    assert tokens.unfold(a).shape == (1, 20, 216)
+    bottleneck = torch.randn(2, 24, 1, 1), torch.randn(2), torch.randn(24, 2, 1, 1), torch.randn(24)
+    calls = [
+        (functools.partial(fusion.merge3x3, a, torch.randn(48, 6, 3, 3), b), (1, 48, 4, 5)),
+        (functools.partial(fusion.sigmoid_gate, a, b), a.shape),
+        (functools.partial(fusion.calibrate, a, b, *bottleneck), a.shape),
+        (functools.partial(tokens.unfold, a), (1, 20, 216)),
+        (functools.partial(tokens.fold, torch.randn(1, 20, 216), a.shape, True), a.shape),
+    ]
+    for call, shape in calls:
+        for backend in ("auto", "reference"):
+            assert call(backend=backend).shape == shape
+        with pytest.raises(BackendUnavailable, match=r"'cpu' cannot run: it takes .*got (24|48)"):
+            call(backend="cpu")
+        with pytest.raises(ValueError, match="backend must be one of"):
+            call(backend="fast")
 
 
 def test_autocast_casts_maps():
