@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops_attention
-from .checks import check_map, check_rank, check_weights
+from .checks import check_int, check_map, check_rank, check_weights
 from .kernels._precision import matmul_tf32
 
 __all__ = ["MAX_HEAD_DIM", "emha", "transformer_block"]
@@ -52,6 +52,7 @@ def emha(
         >>> net.set_attention(functional.emha)
     """
     check_map("emha", "qkv", qkv, "N, T, 3 * heads * D")
+    check_int("emha", "heads", heads)
     tokens, width = qkv.shape[1:]
     if heads < 1 or width % (3 * heads):
         raise ValueError(
@@ -71,13 +72,12 @@ def _check_head_dim(op: str, dim: int, heads: int) -> None:
 
 
 def _segment_length(op: str, tokens: int, segment_tokens: int | None, segments: int) -> int:
-    if segment_tokens is None:
-        if segments < 1:
-            raise ValueError(f"{op}: segments must be at least 1, got {segments}")
-        return (tokens + segments - 1) // segments
-    if segment_tokens < 1:
-        raise ValueError(f"{op}: segment_tokens must be at least 1, got {segment_tokens}")
-    return segment_tokens
+    given = segment_tokens is not None
+    name, count = ("segment_tokens", segment_tokens) if given else ("segments", segments)
+    check_int(op, name, count)
+    if count < 1:
+        raise ValueError(f"{op}: {name} must be at least 1, got {count}")
+    return count if given else (tokens + count - 1) // count
 
 
 def _tf32(x: Tensor, asked: bool | None) -> bool:
@@ -150,6 +150,7 @@ def transformer_block(
         fc2_weight=(fc2_weight, (dim, hidden)),
         fc2_bias=(fc2_bias, (dim,)),
     )
+    check_int(op, "heads", heads)
     if heads < 1 or inner % heads:
         raise ValueError(f"{op}: heads must divide the width {inner} of q, got {heads}")
     _check_head_dim(op, inner // heads, heads)

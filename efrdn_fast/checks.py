@@ -11,6 +11,7 @@ __all__ = [
     "check_batch_norm",
     "check_branches",
     "check_groups",
+    "check_int",
     "check_like",
     "check_map",
     "check_rank",
@@ -77,7 +78,14 @@ def check_weights(op: str, x: Tensor, **weights: tuple[Tensor, tuple[int, ...]])
             )
 
 
+def check_int(op: str, name: str, value: object) -> None:
+    """A whole number, also one that a trace keeps open."""
+    if not isinstance(value, (int, torch.SymInt)) and not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+
+
 def check_slice(op: str, name: str, start: int, width: int, channels: int) -> None:
+    check_int(op, name, start)
     if not 0 <= start <= channels - width:
         raise ValueError(
             f"{op}: {name} must be 0 to {channels - width} for {width} of {channels} channels, "
@@ -86,6 +94,7 @@ def check_slice(op: str, name: str, start: int, width: int, channels: int) -> No
 
 
 def check_groups(op: str, groups: int, **channels: int) -> None:
+    check_int(op, "groups", groups)
     for name, count in channels.items():
         if groups < 1 or count % groups:
             raise ValueError(f"{op}: groups must divide {name}={count}, got {groups}")

@@ -79,7 +79,8 @@ def upscale(
     if isinstance(image, Tensor):
         return worker.tensor(image, progress)
     raise TypeError(
-        f"upscale: expected a Pillow image, array or tensor, got {type(image).__name__}"
+        f"upscale: expected a Pillow image, array or tensor, got {type(image).__name__}; "
+        "a file is opened by PIL.Image.open(path)"
     )
 
 

@@ -226,3 +226,11 @@ def test_termination_ends_a_run_cleanly(here, weights):
     assert process.returncode == 130
     assert err == "efrdn upscale: interrupted\n"
     assert tree("out") == ["a.png"]
+
+
+def test_every_option_of_training_names_its_default(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Default: ." not in text and "Default: None" not in text
+    assert "Default: `<out>/cache`. --device" in text

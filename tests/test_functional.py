@@ -26,6 +26,7 @@ REJECTED = {
         ({"x": zeros(2, 6, 5, 6)}, ValueError, r"w1 must be \[4, 3, 1, 1\], got \[4, 4, 1, 1\]"),
         ({"groups": 3}, ValueError, "groups must divide C=8, got 3"),
         ({"groups": 0}, ValueError, "groups must divide C=8, got 0"),
+        ({"groups": 2.0}, TypeError, "groups must be an int, got 2.0"),
         ({"groups": 8}, ValueError, "groups must divide M=4, got 8"),
         ({"w1": zeros(4, 4)}, ValueError, r"w1 must be \[M, C / groups, 1, 1\], got \[4, 4\]"),
         ({"w1": zeros(0, 4, 1, 1)}, ValueError, r"w1 must not be empty, got zero-size \[0, 4"),
@@ -64,6 +65,7 @@ REJECTED = {
         ({"bias": zeros(4)}, ValueError, r"bias must be \[3\], got \[4\]"),
         ({"start": 6}, ValueError, "start must be 0 to 5 for 3 of 8 channels, got 6"),
         ({"start": -1}, ValueError, "start must be 0 to 5.*got -1"),
+        ({"start": "5"}, TypeError, "start must be an int, got '5'"),
         ({"x": zeros(2, 2, 5, 6)}, ValueError, "start must be"),
     ],
     "acrb_out": [

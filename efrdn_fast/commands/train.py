@@ -29,7 +29,10 @@ def add_fields(
         if field.name in leave_out:
             continue
         flag = "--" + field.name.replace("_", "-")
-        text = f"{docs[field.name]} Default: {field.default}.".replace("%", "%%")
+        text = docs[field.name]
+        if "Default:" not in text:
+            text += f" Default: {'none' if field.default in ('', None) else field.default}."
+        text = text.replace("%", "%%")
         if isinstance(field.default, bool):
             group.add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
