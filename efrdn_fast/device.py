@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "PRECISIONS",
+    "caller_checks",
     "float32_ends",
     "free_memory",
     "is_out_of_memory",
@@ -28,14 +30,27 @@ PRECISIONS = {
 """Name of a dtype -> precisions to try, the next one when the output is not finite."""
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CGROUP = Path("/sys/fs/cgroup")
+_caller_checks: ContextVar[bool] = ContextVar("efrdn_fast_caller_checks", default=False)
+
+
+def caller_checks() -> bool:
+    """Whether a block of `precision` in half precision surrounds the call."""
+    return _caller_checks.get()
 
 
 @contextmanager
 def precision(device: torch.device, dtype: str) -> Iterator[None]:
-    """Compute in fp32, tf32 (CUDA; fp32 elsewhere), fp16 or bf16 (autocast) inside the block."""
+    """Compute in fp32, tf32 (CUDA; fp32 elsewhere), fp16 or bf16 (autocast) inside the block.
+
+    In fp16 and bf16 it is for the caller to look whether the result is finite.
+    """
     if dtype in HALF:
-        with torch.autocast(device.type, HALF[dtype]):
-            yield
+        token = _caller_checks.set(True)
+        try:
+            with torch.autocast(device.type, HALF[dtype]):
+                yield
+        finally:
+            _caller_checks.reset(token)
         return
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [switch.fp32_precision for switch in switches]

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import dispatch, env, graphs, reference
 from .blocks import BatchNorm
-from .device import HALF, PRECISIONS, is_out_of_memory, precision
+from .device import HALF, PRECISIONS, caller_checks, is_out_of_memory, precision
 from .fast_training import train_forward
 from .model import EFRDN, check_input
 from .packing import OPS, Conv, PackedGConv, PackedTransformer, Target, pack_body
@@ -47,7 +47,7 @@ class EFRDNFast(EFRDN):
         dtype: "auto" (that of the weights, or of autocast), "fp32", "tf32", "fp16" or "bf16".
             Half precision keeps input, tails and output in the dtype of the weights; an image whose
             output is not finite is computed again in bf16, then in fp32, except while the caller
-            captures a CUDA graph. Default: "auto".
+            captures a CUDA graph. `upscale` tries again by itself. Default: "auto".
 
     Raises:
         ValueError, TypeError: An argument is out of range; the message names it.
@@ -143,8 +143,9 @@ class EFRDNFast(EFRDN):
             _warn_when_slow(name, x.device)
         first, *others = PRECISIONS[name]
         y = self._in_precision(first, x, weights)
-        # To look at a result would break the caller's capture.
-        return self._rescued(y, x, weights, name, others) if not graphs.capturing(x) else y
+        if graphs.capturing(x) or caller_checks():  # to look at it would break the capture
+            return y
+        return self._rescued(y, x, weights, name, others)
 
     def _rescued(
         self, y: Tensor, x: Tensor, weights: list[Tensor], name: str, others: Sequence[str]

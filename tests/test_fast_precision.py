@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from efrdn_fast import EFRDNFast, accelerate, fast
+from efrdn_fast.upscaler import Upscaler
 from tests.fast_networks import as_reference, trained
 
 
@@ -55,6 +56,18 @@ def test_overflow_falls_back_and_warns_once():
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
         assert torch.equal(net(x), y)
+
+
+@pytest.mark.filterwarnings("ignore:.*slower than fp32")
+def test_upscale_tells_of_every_image_that_overflows():
+    net = trained(EFRDNFast)
+    with torch.no_grad():
+        net.head.weight.mul_(1e6)
+    upscaler = Upscaler(2, net, dtype="fp16")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="fp16 overflowed on this image; .* in bf16"):
+            upscaler.tensor(torch.rand(3, 8, 9))
+        assert upscaler.outcome.dtype == "bf16"
 
 
 def test_nan_in_gives_nan_out_without_a_warning():
