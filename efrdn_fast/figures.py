@@ -137,16 +137,16 @@ def features(net: EFRDN, x: Tensor):
 
 
 def stages(net: EFRDN, x: Tensor) -> dict[str, Tensor]:
-    """{stage: features `[1, C, H, W]`}: C_out, T_add1 and T_add2 of the paper."""
+    """{stage: features `[1, C, H, W]` on the CPU}: C_out, T_add1 and T_add2 of the paper."""
     seen: list[Tensor] = []
     # What enters the transformers and the deep tail is what left the stage before.
     hooks = [
-        part.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+        part.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().cpu()))
         for part in (net.trans[0], net.trans[1], net.reconstruct_deep)
     ]
     try:
         with torch.inference_mode():
-            net(x)
+            net(x.to(next(net.parameters()).device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -95,6 +95,12 @@ def test_error_maps_are_errors_of_luma_on_one_scale(hr, weights):
     figures.save(figure, [])
 
 
+@pytest.mark.gpu
+def test_stages_of_a_network_on_a_gpu(weights):
+    found = figures.stages(EFRDN.from_pretrained(weights).cuda(), torch.rand(1, 3, 9, 8))
+    assert all(features.device.type == "cpu" for features in found.values())
+
+
 def test_stages_are_those_of_the_network(weights):
     net, x = EFRDN.from_pretrained(weights), torch.rand(1, 3, 9, 8)
     found = figures.stages(net, x)
