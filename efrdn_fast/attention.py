@@ -7,18 +7,32 @@ head are kept for the backward pass.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Mapping, Sequence
 
-from . import dispatch, ops_attention
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, ops_attention, reference
 from .checks import check_int, check_map, check_rank, check_weights
 from .kernels._precision import matmul_tf32
 
-__all__ = ["MAX_HEAD_DIM", "emha", "transformer_block"]
+__all__ = [
+    "MAX_HEAD_DIM",
+    "PARTS",
+    "emha",
+    "is_fused",
+    "is_plain",
+    "planned_block",
+    "transformer_block",
+    "weights_of",
+]
 
 MAX_HEAD_DIM = 64
 PARTS = ("token_qkv", "emha", "token_hidden", "token_fold")
 """Ops of a transformer block, in order."""
+
+FUSED_WIDTH = 288
+"""Widest token (9 C) that networks run through these ops; wider ones may not fit on the chip."""
 
 _ops = getattr(torch.ops, ops_attention.NAMESPACE)
 
@@ -157,14 +171,52 @@ def transformer_block(
     if not eps > 0:
         raise ValueError(f"{op}: eps must be positive, got {eps}")
     length = _segment_length(op, x.shape[2] * x.shape[3], segment_tokens, segments)
+    weights = (
+        *(norm1_weight, norm1_bias, reduce, qkv, proj_weight, proj_bias),
+        *(norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias),
+    )
+    plan = dispatch.plan(PARTS, backend, x)
+    return planned_block(x, weights, heads, length, eps=eps, mean=mean, tf32=tf32, plan=plan)
+
+
+def is_plain(attention: Callable) -> bool:
+    """Whether `attention` is one of the plain ones, which `emha` may stand in for."""
+    return attention in (reference.emha, reference.emha_sdpa)
+
+
+def is_fused(block: nn.Module, plan: Mapping[str, str]) -> bool:
+    """Whether `planned_block` serves a transformer block: it has kernels for all ops, on a GPU."""
+    kernels = all(plan[op] in ("triton", "cuda") for op in PARTS)
+    narrow = block.norm1.normalized_shape[0] <= FUSED_WIDTH
+    return kernels and narrow and block.norm1.eps == block.norm2.eps
+
+
+def weights_of(block: nn.Module) -> tuple[Tensor, ...]:
+    """Those of a transformer block in the order of `transformer_block`."""
+    emha, mlp = block.emha, block.mlp
+    return (
+        *(block.norm1.weight, block.norm1.bias, emha.reduce.weight, emha.qkv.weight),
+        *(emha.proj.weight, emha.proj.bias, block.norm2.weight, block.norm2.bias),
+        *(mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias),
+    )
+
+
+def planned_block(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    heads: int,
+    length: int,
+    *,
+    eps: float,
+    mean: bool,
+    plan: Mapping[str, str],
+    tf32: bool | None = None,
+) -> Tensor:
+    """`transformer_block` of arguments that need no check; `plan` gives the backend of each op."""
+    gamma1, beta1, reduce, qkv, proj, offset, gamma2, beta2, fc1, offset1, fc2, offset2 = weights
     tf32 = _tf32(x, tf32)
-    first, second, third, fourth = dispatch.plan(PARTS, backend, x).values()
-    tokens = _ops.token_qkv(x, norm1_weight, norm1_bias, reduce, qkv, eps, tf32, first)
+    first, second, third, fourth = (plan[op] for op in PARTS)
+    tokens = _ops.token_qkv(x, gamma1, beta1, reduce, qkv, eps, tf32, first)
     a, _ = _ops.emha(tokens, heads, length, tf32, second)
-    h = _ops.token_hidden(
-        *(x, a, proj_weight, proj_bias, norm2_weight, norm2_bias, fc1_weight, fc1_bias),
-        *(eps, tf32, third),
-    )
-    return _ops.token_fold(
-        x, a, h, proj_weight, proj_bias, fc2_weight, fc2_bias, mean, tf32, fourth
-    )
+    h = _ops.token_hidden(x, a, proj, offset, gamma2, beta2, fc1, offset1, eps, tf32, third)
+    return _ops.token_fold(x, a, h, proj, offset, fc2, offset2, mean, tf32, fourth)

@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import dispatch, env, graphs, reference
+from . import attention, dispatch, env, graphs
 from .blocks import BatchNorm
 from .device import HALF, PRECISIONS, caller_checks, is_out_of_memory, precision
 from .fast_training import train_forward
 from .model import EFRDN, check_input
-from .packing import OPS, Conv, PackedGConv, PackedTransformer, Target, pack_body
+from .packing import OPS, Conv, PackedGConv, Target, pack_body, pack_transformer
 
 __all__ = ["EFRDNFast", "accelerate"]
 
@@ -239,7 +239,7 @@ class _Packed:
             for i, gconv in enumerate(net.gconv)
         ]
         self.trans = [
-            (PackedTransformer(trans, to), Conv(tconv, to))
+            (pack_transformer(trans, to), Conv(tconv, to))
             for trans, tconv in zip(net.trans, net.tconv, strict=True)
         ]
         deep = net.reconstruct_deep
@@ -315,7 +315,7 @@ def _graph_key(net: EFRDN, x: Tensor) -> tuple | None:
     Parts that run as modules and an attention set by the user may do what a replay would not.
     """
     blocks, config = [trans.emha for trans in net.trans], net.config
-    plain = all(b.attention in (reference.emha, reference.emha_sdpa) for b in blocks)
+    plain = all(attention.is_plain(b.attention) for b in blocks)
     if not plain or (config.module, config.ablation) != ("acdm", "full"):
         return None
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import blocks, dispatch, functional, fusion, reference, reparam, tokens
+from . import attention, blocks, dispatch, functional, fusion, reparam, tokens
 from .model import EFRDN
 from .tokens import nhwc
 from .transformer import TransformerBlock
@@ -25,7 +25,7 @@ __all__ = ["train_forward"]
 
 OPS = (
     *("gcrb_train", "gcrb", "acrb", "conv3x3"),
-    *("merge3x3", "calibrate", "sigmoid_gate", "unfold", "emha"),
+    *("merge3x3", "calibrate", "sigmoid_gate", "unfold", *attention.PARTS),
 )
 
 
@@ -206,6 +206,13 @@ class _Walk:
         if not isinstance(block, TransformerBlock):
             return block(x)
         emha, mlp, backend = block.emha, block.mlp, self.plan["unfold"]
+        length = emha.segment_length(x.shape[2] * x.shape[3])
+        plain = attention.is_plain(emha.attention)
+        if plain and attention.is_fused(block, self.plan):
+            return attention.planned_block(
+                *(x, attention.weights_of(block), emha.heads, length),
+                **{"eps": block.norm1.eps, "mean": block.fold == "mean", "plan": self.plan},
+            )
         t = tokens.unfold(x, backend)
 
         def normalise(norm: nn.LayerNorm, t: Tensor) -> Tensor:
@@ -214,10 +221,10 @@ class _Walk:
 
         qkv = F.linear(normalise(block.norm1, t), _tap_major(emha.reduce.weight, 1))
         qkv = F.linear(qkv, emha.qkv.weight)
-        attention = emha.attention
-        if attention in (reference.emha, reference.emha_sdpa):  # the same, through PyTorch
-            attention = functools.partial(functional.emha, backend=self.plan["emha"])
-        y = attention(qkv, emha.heads, emha.segment_length(t.shape[1]))
+        attend = emha.attention
+        if plain:
+            attend = functools.partial(functional.emha, backend=self.plan["emha"])
+        y = attend(qkv, emha.heads, length)
         t = t + F.linear(y, _tap_major(emha.proj.weight), _tap_major(emha.proj.bias))  # (28)
         y = F.linear(normalise(block.norm2, t), _tap_major(mlp.fc1.weight, 1), mlp.fc1.bias)
         y = F.linear(F.relu(y), _tap_major(mlp.fc2.weight), _tap_major(mlp.fc2.bias))

@@ -15,12 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import blocks, functional, fusion, reference, reparam, tokens
+from . import attention, blocks, functional, fusion, reparam, tokens
 from .transformer import TransformerBlock
 
-__all__ = ["OPS", "Conv", "PackedACDM", "PackedGConv", "PackedTransformer", "Target", "pack_body"]
+__all__ = [
+    "OPS",
+    "Conv",
+    "PackedACDM",
+    "PackedGConv",
+    "PackedTransformer",
+    "Target",
+    "pack_body",
+    "pack_transformer",
+]
 
-OPS = ("gcrb", "acrb_out", "emha", "merge3x3", "calibrate", "sigmoid_gate", "unfold")
+OPS = ("gcrb", "acrb_out", "merge3x3", "calibrate", "sigmoid_gate", "unfold", *attention.PARTS)
 """Ops that the packed network calls; each has a backend of its own, `fold` that of `unfold`."""
 
 CPU_TOKENS = 2048
@@ -316,16 +325,39 @@ class PackedTransformer:
         parts = t.flatten(0, 1).split(CPU_TOKENS if x.device.type == "cpu" else n * count)
         qkv = torch.cat([F.linear(F.linear(self.norm(p, 0), self.reduce), self.qkv) for p in parts])
         heads, length = self.emha.heads, self.emha.segment_length(count)
-        attention = self.emha.attention
-        if attention in (reference.emha, reference.emha_sdpa):  # the same, through PyTorch
-            attention = functools.partial(functional.emha, backend=self.plan["emha"])
-        a = attention(qkv.view(n, count, -1), heads, length).flatten(0, 1)
+        attend = self.emha.attention
+        if attention.is_plain(attend):
+            attend = functools.partial(functional.emha, backend=self.plan["emha"])
+        a = attend(qkv.view(n, count, -1), heads, length).flatten(0, 1)
         del qkv
         for part, y in zip(parts, a.split(len(parts[0])), strict=True):
             _add_linear(part, y, *self.proj)  # (28)
             h = F.linear(self.norm(part, 1), *self.fc1).relu_()
             _add_linear(part, h, *self.fc2)  # (29)
         return tokens.fold(t, x.shape, self.mean, self.plan["unfold"])
+
+
+class FusedTransformer(PackedTransformer):
+    """Transformer block as four ops on a GPU, between which no token of 9 C values is stored."""
+
+    def __init__(self, block: TransformerBlock, to: Target):
+        super().__init__(block, to)
+        self.weights = [to.weight(w) for w in attention.weights_of(block)]
+        self.eps = block.norm1.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not attention.is_plain(self.emha.attention):
+            return super().__call__(x)
+        length = self.emha.segment_length(x.shape[2] * x.shape[3])
+        return attention.planned_block(
+            *(x, self.weights, self.emha.heads, length),
+            **{"eps": self.eps, "mean": self.mean, "plan": self.plan},
+        )
+
+
+def pack_transformer(block: TransformerBlock, to: Target) -> Map:
+    fused = attention.is_fused(block, to.plan)
+    return FusedTransformer(block, to) if fused else PackedTransformer(block, to)
 
 
 def _add_linear(t: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:

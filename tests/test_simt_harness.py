@@ -18,14 +18,15 @@ def _toolchain() -> None:
     simt.require()
 
 
-def test_binding():
-    """Every op of ops_cuda*.cpp, from Python to the kernels and back."""
+@pytest.mark.parametrize("check", ["binding", "network"])
+def test_bindings(check):
+    """Every op of ops_cuda*.cpp, and EFRDNFast on them, from Python to the kernels and back."""
     root = Path(torch.__file__).parent / "include"
     flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", f"-isystem{root}"]
     library = simt.binding(flags)
-    check = Path(__file__).parent / "simt" / "check_binding.py"
-    command = [sys.executable, str(check), str(library)]
-    environment = {**os.environ, "PYTHONPATH": str(check.parents[2])}
+    script = Path(__file__).parent / "simt" / f"check_{check}.py"
+    command = [sys.executable, str(script), str(library)]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
 
