@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from efrdn_fast.ablate import ablation_tables, variants
 from efrdn_fast.tables import paper_tables
 
-from .harness.provenance import RESULTS
+from . import records
 
 __all__ = ["TABLES", "ablation", "recipe", "weights"]
 
@@ -17,9 +16,10 @@ SCALES = (4, 3, 2)
 SHORT = ("IMDN", "EFRDN")  # the peers that README shows
 
 
-def _read(device: str, name: str) -> dict[str, Any]:
-    path = RESULTS / device / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _sets(device: str, name: str, scale: int) -> dict[str, Any] | None:
+    """Sets of an evaluation; None where it has not been made."""
+    found = (records.read(device, name) or {}).get("scales", {}).get(f"x{scale}")
+    return found and found["sets"]
 
 
 def _figures(sets: dict[str, Any], which: str) -> list[str]:
@@ -37,17 +37,16 @@ def weights(device: str, peers: str) -> str:
     """
     lines = ["| PSNR (dB) / SSIM on Y | " + " | ".join(SETS) + " |", "|" + "---|" * 4]
     for scale in SCALES:
-        plain = _read(device, f"eval_x{scale}").get("scales", {}).get(f"x{scale}")
+        plain = _sets(device, f"eval_x{scale}", scale)
         if plain is None:
             continue
-        ensemble = _read(device, f"eval_x{scale}_ensemble").get("scales", {})
+        ensemble = _sets(device, f"eval_x{scale}_ensemble", scale)
         rows = [
-            ("bicubic", _figures(plain["sets"], "bicubic")),
-            ("**these weights**", _figures(plain["sets"], "model")),
+            ("bicubic", _figures(plain, "bicubic")),
+            ("**these weights**", _figures(plain, "model")),
         ]
         if ensemble:
-            sets = ensemble[f"x{scale}"]["sets"]
-            rows.append(("these weights, self-ensemble of 8", _figures(sets, "model")))
+            rows.append(("these weights, self-ensemble of 8", _figures(ensemble, "model")))
         published = dict(paper_tables()["table1"][f"x{scale}"])
         if scale == 4 and peers == "*":
             published |= paper_tables()["table6_x4"]
@@ -57,16 +56,20 @@ def weights(device: str, peers: str) -> str:
                 cells = [f"{row[s][0]:.2f} / {row[s][1]:.4f}" if row[s] else "" for s in SETS]
                 rows.append((f"{name}, published (DIV2K)", cells))
         lines += [f"| x{scale} {name} | {' | '.join(cells)} |" for name, cells in rows]
+    if len(lines) == 2:
+        return records.missing(device, "eval_x4")
     links = ", ".join(
         f"[{path.stem}]({{up}}bench/results/{device}/{path.name})"
-        for path in sorted((RESULTS / device).glob("eval_x*.json"))
+        for path in sorted((records.RESULTS / device).glob("eval_x*.json"))
     )
     return "\n".join([*lines, "", f"By `efrdn eval`: {links}."]) + "\n"
 
 
 def recipe(device: str, _: str) -> str:
-    """PSNR of every choice of the recipe, and its difference to the base of the same seed."""
-    stored = _read(device, "recipe")
+    """PSNR of every choice of the recipe, and its difference to the first base."""
+    stored = records.read(device, "recipe")
+    if stored is None:
+        return records.missing(device, "recipe")
     rows = stored["rows"]
     base = rows[0]["psnr_db"]
     lines = ["| change | PSNR, dB | to the base | CPU seconds |", "|" + "---|" * 4]
@@ -74,24 +77,19 @@ def recipe(device: str, _: str) -> str:
         name = f"base, seed {row['seed']}" if row["change"] == "base" else row["change"]
         psnr, seconds = row["psnr_db"], row["cpu_seconds"]
         lines.append(f"| {name} | {psnr:.3f} | {psnr - base:+.3f} | {seconds:.0f} |")
-    return "\n".join([*lines, "", _source(stored["run"], device, "recipe")]) + "\n"
+    return "\n".join([*lines, "", records.source(stored["run"], device, "recipe")]) + "\n"
 
 
 def ablation(device: str, _: str) -> str:
-    """The paper's Tables 2-5 beside the trained variants."""
-    stored = _read(device, "ablation")
+    """The paper's Tables 2-5, or those that were made, beside the trained variants."""
+    stored = records.read(device, "ablation")
+    if stored is None:
+        return records.missing(device, "ablation")
     psnr = {(row["table"], row["name"]): row["psnr"] for row in stored["rows"]}
-    rows = variants()
+    rows = variants(list(dict.fromkeys(table for table, _ in psnr)))
     for row in rows:
         row.psnr = psnr[row.table, row.name]
     return f"```text\n{ablation_tables(rows)}\n```\n"
-
-
-def _source(run: dict[str, Any], device: str, name: str) -> str:
-    return (
-        f"{run['device']}, torch {run['versions']['torch']}, revision {run['revision']} "
-        f"([figures]({{up}}bench/results/{device}/{name}.json))."
-    )
 
 
 TABLES = {"weights": weights, "recipe": recipe, "ablation": ablation}

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
-from .harness.provenance import RESULTS
+from . import records
 
 __all__ = ["TABLES", "foundation", "segments"]
-
-
-def _read(device: str, name: str) -> dict[str, Any] | None:
-    path = RESULTS / device / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _missing(device: str, name: str) -> str:
-    return f"Not measured: no results of `{name}` on {device}.\n"
 
 
 def _seconds(value: float) -> str:
@@ -32,9 +22,9 @@ def _memory(mib: float | None) -> str:
 
 def segments(device: str, _: str) -> str:
     """Time and memory of the network over the size of the image, one pair of columns a setting."""
-    stored = _read(device, "segments")
+    stored = records.read(device, "segments")
     if stored is None:
-        return _missing(device, "segments")
+        return records.missing(device, "segments")
     rows = {(row["setting"], row["size"]): row for row in stored["rows"]}
     settings = list(dict.fromkeys(setting for setting, _ in rows))
     titles = [f"{name}: time | memory" for name in settings]
@@ -42,7 +32,7 @@ def segments(device: str, _: str) -> str:
     for size in dict.fromkeys(size for _, size in rows):
         cells = [_cells(rows.get((setting, size))) for setting in settings]
         lines.append(f"| {size.replace('x', ' x ')} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _source(stored["run"], device, "segments")]) + "\n"
+    return "\n".join([*lines, "", records.source(stored["run"], device, "segments")]) + "\n"
 
 
 def _cells(row: dict[str, Any] | None) -> str:
@@ -56,9 +46,9 @@ def _cells(row: dict[str, Any] | None) -> str:
 
 def foundation(device: str, _: str) -> str:
     """What users call, plain and fast: time and peak memory of the process."""
-    stored = _read(device, "foundation")
+    stored = records.read(device, "foundation")
     if stored is None:
-        return _missing(device, "foundation")
+        return records.missing(device, "foundation")
     found: dict[str, dict[bool, dict[str, Any]]] = {}
     for row in stored["rows"]:
         found.setdefault(_called(row), {})[row["fast"]] = row
@@ -80,13 +70,6 @@ def _called(row: dict[str, Any]) -> str:
         return f"training step, {row['batch']} patches of {row['patch']} x {row['patch']}"
     width, height = row["size"]
     return f"`upscale()` of {width} x {height} to {4 * width} x {4 * height}"
-
-
-def _source(run: dict[str, Any], device: str, name: str) -> str:
-    return (
-        f"{run['device']}, torch {run['versions']['torch']}, revision {run['revision']} "
-        f"([figures]({{up}}bench/results/{device}/{name}.json))."
-    )
 
 
 TABLES: dict[str, Callable[[str, str], str]] = {"segments": segments, "foundation": foundation}

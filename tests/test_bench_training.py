@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from bench import recipe, report, training_tables
+from bench import recipe, records, report, training_tables, user_tables
 from efrdn_fast.ablate import variants
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     (tmp_path / "cpu-x").mkdir()
 
     def write(name, content):
@@ -63,3 +63,12 @@ def test_tables_of_recipe_and_ablations(results):
     results("ablation", {"rows": rows})
     text = training_tables.ablation("cpu-x", "*")
     assert "Table 2" in text and "±" in text and text.count("ours:") == 4
+    results("ablation", {"rows": [row for row in rows if row["table"] == "3"]})
+    text = training_tables.ablation("cpu-x", "*")
+    assert "Table 3" in text and text.count("ours:") == 1
+
+
+@pytest.mark.parametrize("name", [*training_tables.TABLES, *user_tables.TABLES])
+def test_what_was_not_measured_is_said_so(results, name):
+    text = report.table(name, "cpu-x", name, "*")
+    assert text.startswith("Not measured: no results of `") and text.endswith(" on cpu-x.\n")

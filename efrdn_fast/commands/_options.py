@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-__all__ = ["BACKENDS", "DTYPES", "add_runtime", "image_size", "natural", "positive"]
+__all__ = ["BACKENDS", "DTYPES", "add_runtime", "image_size", "natural", "positive", "tile"]
 
 DTYPES = ("auto", "fp32", "tf32", "fp16", "bf16")
 BACKENDS = ("auto", "reference", "triton", "cuda", "cpu")
@@ -30,6 +30,15 @@ def positive(text: str) -> int:
     """A whole number, 1 at least."""
     if not natural(text):
         raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def tile(text: str) -> int | None:
+    """Edge of tiles, 0 for none, None for `auto`."""
+    if text == "auto":
+        return None
+    if 0 < natural(text) < 3:
+        raise argparse.ArgumentTypeError("a tile must be at least 3 pixels; 0 for none, or auto")
     return int(text)
 
 

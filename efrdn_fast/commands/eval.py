@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ._options import add_runtime, positive
+from ._options import add_runtime, positive, tile
 
 HELP = "measure PSNR and SSIM on benchmark sets, beside bicubic and the paper's rows"
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     network = parser.add_argument_group("network")
     network.add_argument(
-        "--tile", type=int, metavar="N", help="tiles of N LR pixels, 0: never. Default: if needed"
+        "--tile", type=tile, metavar="N", help="tiles of N LR pixels; 0: never; auto: if needed"
     )
     network.add_argument(
         "--segment-tokens", type=positive, metavar="N", help="attention segments of N tokens"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ._options import positive
+
 HELP = "write the network as ONNX with free height and width, checked in ONNX Runtime"
 
 
@@ -15,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--opset", type=int, default=18, help="at least 18. Default: 18")
     parser.add_argument(
         "--segment-tokens",
-        type=int,
+        type=positive,
         metavar="N",
         help="attention segments of N tokens instead of the checkpoint's: cost and memory then "
         "grow linearly with the image, and the result changes a little",

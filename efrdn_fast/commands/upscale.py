@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tiles.add_argument(
         "-t",
         "--tile",
-        type=_tile,
+        type=_options.tile,
         metavar="N",
         help="edge in pixels; 0: never; auto: only when memory runs out (default: auto)",
     )
@@ -276,11 +276,3 @@ def _write_summary(path: Path, counts: dict, seconds: float, upscaler, results: 
         "images": [dataclasses.asdict(result) for result in results],
     }
     atomic_write(path, (json.dumps(summary, indent=2) + "\n").encode())
-
-
-def _tile(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if 0 < _options.natural(text) < 3:
-        raise argparse.ArgumentTypeError("a tile must be at least 3 pixels; 0 for none, or auto")
-    return int(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ._options import add_runtime
+from ._options import add_runtime, positive
 
 HELP = "check the fast network against the reference in float64"
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of sets; measures the change of PSNR on Set5 and Set14, needs --model",
     )
     parser.add_argument("--sets", nargs="+", metavar="SET", default=["Set5", "Set14"])
-    parser.add_argument("--limit", type=int, metavar="N", help="first N images of every set")
+    parser.add_argument("--limit", type=positive, metavar="N", help="first N images of every set")
     add_runtime(parser)
 
 
