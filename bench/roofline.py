@@ -42,7 +42,7 @@ __all__ = [
     "measured_blocks",
 ]
 
-KERNELS = ("gcrb", "acrb", "conv3x3", "emha", "transformer")
+KERNELS = ("gcrb", "gcrb_chain", "acrb", "conv3x3", "emha", "transformer")
 """Benches whose cases are single kernels or a block of few."""
 OWN = ("cuda", "triton", "cpu", "packed")
 """Variants that are ours: the fastest one measured is set against the floor."""

@@ -11,7 +11,7 @@ import torch
 from matplotlib import pyplot
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import compare, devices, groups, plots, records, report, roofline, smoke
+from bench import compare, devices, groups, plain, plots, records, report, roofline, smoke
 from bench.harness.store import Store
 from bench.harness.work import ExpCounter, counted
 from efrdn_fast import EFRDN, cases, cli, reference
@@ -107,6 +107,7 @@ def test_work_of_kernels_is_what_their_reference_does(op):
     else:
         case = {
             "gcrb": cases.GcrbCase((2, 32, 6, 5)),
+            "gcrb_chain": cases.GcrbChainCase((2, 32, 6, 5)),
             "acrb": cases.AcrbCase((2, 32, 6, 5), start=23),
             "conv3x3": cases.Conv3x3Case((1, 6, 5), (9, 7), 8),
             "emha": EmhaCase(1, 10, 4),
@@ -122,6 +123,13 @@ def test_work_of_kernels_is_what_their_reference_does(op):
     assert (got.flops, got.exps, got.bytes) == (work.flops, work.exps, work.bytes)
     half = module.work(case, torch.float16)
     assert (half.flops, half.exps) == (work.flops, work.exps) and half.bytes < work.bytes
+
+
+def test_the_roofline_has_every_bench_that_counts_its_work():
+    modules = {name: importlib.import_module(f"bench.bench_{name}") for name in plain.names()}
+    assert {name for name, module in modules.items() if hasattr(module, "work")} == set(
+        roofline.KERNELS
+    )
 
 
 def test_roofline_of_kernels(capsys, monkeypatch, tmp_path):
