@@ -184,6 +184,17 @@ class RunOptions:
     tensorboard: bool = True
     """Write TensorBoard events when tensorboard is installed."""
 
+    def __post_init__(self):
+        for name in ("save_freq", "val_freq"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train: {name} must be at least 1, got {getattr(self, name)}")
+        if self.val_crop < 0 or 0 < self.val_crop < 3:
+            raise ValueError(f"train: val_crop must be 0 or at least 3, got {self.val_crop}")
+        if self.num_workers < 0:
+            raise ValueError(f"train: num_workers must not be negative, got {self.num_workers}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"train: minutes must be positive, got {self.minutes}")
+
 
 PRESETS: dict[str, dict] = {
     "paper": {},

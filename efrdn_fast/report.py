@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import PIL
 import torch
+from torch import nn
 
 from . import __version__
 from .config import EFRDNConfig
 from .counts import count
-from .evaluate import Network, Score, SetResult
+from .evaluate import Network, Score, SelfEnsemble, SetResult
+from .fast import EFRDNFast
 from .tables import paper_tables, render
 
 __all__ = ["as_json", "results_table"]
@@ -141,8 +143,16 @@ def _network(network: Network | None) -> dict | None:
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "dtype": upscaler.dtype,
-        "backend": "reference",
+        **_served(upscaler.net),
     }
+
+
+def _served(net: nn.Module) -> dict:
+    """The backend that was asked for and, op by op, the one that served; None: the plain EFRDN."""
+    net = net.net if isinstance(net, SelfEnsemble) else net
+    if not isinstance(net, EFRDNFast):
+        return {"backend": "reference", "plan": None}
+    return {"backend": net.backend, "plan": net.plan}
 
 
 def _set(result: SetResult) -> dict:

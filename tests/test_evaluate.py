@@ -12,7 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from efrdn_fast import EFRDN, __version__, benchmarks, checkpoint, cli, evaluate, metrics
+from efrdn_fast import (
+    EFRDN,
+    __version__,
+    benchmarks,
+    checkpoint,
+    cli,
+    dispatch,
+    evaluate,
+    metrics,
+    packing,
+)
 from efrdn_fast.benchmarks import ImageSet, discover, find_pairs, load_pair, read_rgb
 from efrdn_fast.evaluate import SelfEnsemble, bicubic_y, evaluate_set
 from efrdn_fast.tables import bicubic_rows, paper_tables
@@ -206,7 +216,8 @@ def test_network_and_json(photos, weights, run, tmp_path):
     network = record["scales"]["x2"]["network"]
     assert network["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert network["training"] == {"steps": 7}
-    assert (network["device"], network["dtype"], network["backend"]) == ("cpu", "auto", "reference")
+    assert (network["device"], network["dtype"], network["backend"]) == ("cpu", "auto", "auto")
+    assert network["plan"] == dispatch.plan(packing.OPS, "auto", torch.empty(0))
     figures = record["scales"]["x2"]["sets"]["photos"]
     assert [image["name"] for image in figures["images"]] == ["p0", "p1"]
     lr = photos / "photos" / "LR_bicubic" / "X2" / "p0x2.png"

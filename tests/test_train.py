@@ -364,6 +364,21 @@ def test_options_reject(change, message):
         TrainOptions(**change)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"save_freq": 0}, "save_freq must be at least 1, got 0"),
+        ({"val_freq": -1}, "val_freq must be at least 1, got -1"),
+        ({"val_crop": 2}, "val_crop must be 0 or at least 3, got 2"),
+        ({"num_workers": -1}, "num_workers must not be negative, got -1"),
+        ({"minutes": 0.0}, "minutes must be positive, got 0.0"),
+    ],
+)
+def test_run_options_reject(change, message):
+    with pytest.raises(ValueError, match=message):
+        RunOptions(**change)
+
+
 def test_fast_training_learns_the_same(photos, unbroken, tmp_path):
     """The same samples and steps through the fused ops; Adam magnifies the rounding."""
     out = tmp_path / "out"
