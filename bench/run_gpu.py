@@ -112,7 +112,7 @@ def steps(out: Path, device: str = "cuda") -> list[Step]:
     ]  # fmt: skip
 
 
-TESTED = ("gcrb", "acrb", "conv3x3", "emha", "transformer", "fusion")
+TESTED = ("gcrb", "acrb", "conv3x3", "emha", "transformer", "fusion_backends")
 QUICK = (
     "eager-fp32,eager-fp16,sdpa-fp16,tensorrt-fp16,ours-triton-fp32,ours-triton-fp16,"
     "ours-cuda-fp32,ours-cuda-tf32,ours-cuda-fp16"

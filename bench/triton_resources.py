@@ -29,6 +29,7 @@ from efrdn_fast.kernels import (
     acrb,
     conv3x3,
     emha,
+    fusion,
     gcrb,
     gcrb_chain,
     gcrb_train,
@@ -39,7 +40,7 @@ from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from efrdn_fast import cases, cases_attention
+from efrdn_fast import cases, cases_attention, cases_fusion
 
 __all__ = [
     "ARCHITECTURES",
@@ -62,6 +63,7 @@ CONV3X3 = (
     cases.Conv3x3Case((1, 180, 320), (9, 9, 9, 32), 32),
     cases.Conv3x3Case((1, 180, 320), (32, 32), 32, groups=8, interleaved=True, bias=False),
     cases.Conv3x3Case((1, 180, 320), (32,), 48),
+    cases.Conv3x3Case((1, 180, 320), (32,), 32, groups=8, bias=False),
 )
 
 
@@ -151,7 +153,32 @@ def kernels() -> list[Kernel]:
                 name += f"g={case.groups} {label}"
                 found += _recorded(name, conv3x3.conv3x3, case.args(dtype), tf32)
             found += _attention(dtype, label, tf32)
+        found += _lattice(dtype, short)
     return found
+
+
+def _lattice(dtype: torch.dtype, label: str) -> Iterator[Kernel]:
+    """Gates and joins, forward and backward, without the convolution that follows a join."""
+    x, logits = cases_fusion.SigmoidGateCase(SHAPE).args(dtype)
+    yield from _recorded(f"sigmoid_gate {label}", fusion.sigmoid_gate, (x, logits))
+    args = (x, x, logits)
+    yield from _recorded(f"sigmoid_gate_backward {label}", fusion.sigmoid_gate_backward, args)
+    args = cases_fusion.CalibrateCase(SHAPE).args(dtype)
+    yield from _recorded(f"calibrate {label}", fusion.calibrate, args)
+    args = (*args, torch.zeros(SHAPE[0], 2, SHAPE[1]))
+    yield from _recorded(f"calibrate_backward {label}", fusion.calibrate_backward, args)
+    n, c, *size = SHAPE
+    for gate in ("pixel", "channel"):
+        case = cases_fusion.Merge3x3Case((n, c // 2, *size), gate=gate)
+        a, _, b, logits, _, relu, _ = case.args(dtype)
+        args, rest = (a, b, logits), (torch.zeros(c, c // 8, 3, 3), relu, 8)
+        for name, launcher, given in (
+            ("merge3x3", fusion.merge3x3, (*args, x, *rest)),
+            ("merge3x3_backward", fusion.merge3x3_backward, (x, *args, *rest)),
+        ):
+            for kernel in _recorded(f"{name} {gate} {label}", launcher, given):
+                if not kernel.matrix:
+                    yield kernel
 
 
 def _attention(dtype: torch.dtype, label: str, tf32: bool) -> Iterator[Kernel]:

@@ -48,14 +48,13 @@ class FusionCase:
     """An op of `fusion` or `tokens` on maps of `shape`."""
 
     shape: tuple[int, int, int, int]
+    layout: str = "channels_last"
 
     def maps(
         self, count: int, dtype: torch.dtype, device: torch.device | str, seed: int
     ) -> list[Tensor]:
         """Maps of `shape`."""
-        return [
-            make_input(self.shape, dtype, device, "channels_last", seed + i) for i in range(count)
-        ]
+        return [make_input(self.shape, dtype, device, self.layout, seed + i) for i in range(count)]
 
 
 class SigmoidGateCase(FusionCase):
@@ -86,7 +85,7 @@ class CalibrateCase(FusionCase):
         self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
     ) -> tuple[Any, ...]:
         channels = self.shape[1]
-        mid, make = channels // 4, Weights(weight_dtype(dtype), device, seed + 5)
+        mid, make = max(1, channels // 4), Weights(weight_dtype(dtype), device, seed + 5)
         squeeze = make.conv(mid, channels, 1), make.bias(mid)
         excite = make.conv(channels, mid, 1), make.bias(channels)
         return *self.maps(2, dtype, device, seed), *squeeze, *excite
@@ -106,8 +105,17 @@ class CalibrateCase(FusionCase):
         return base + x * (gates[0] + gates[1]) / 2
 
 
+@dataclass(frozen=True)
 class Merge3x3Case(FusionCase):
-    """a, weight, b, gate of one value per pixel, residual, groups; ReLU on b."""
+    """a, weight, b, gate, residual, relu, groups."""
+
+    gate: str | None = "pixel"
+    """One value per "pixel" or "channel", or None."""
+    second: bool = True
+    """With b."""
+    relu: bool = True
+    added: bool = True
+    """With a residual."""
 
     op = "merge3x3"
 
@@ -116,36 +124,49 @@ class Merge3x3Case(FusionCase):
     ) -> tuple[Any, ...]:
         n, channels, height, width = self.shape
         a, b, residual = self.maps(3, dtype, device, seed)
+        inputs = 2 * channels if self.second else channels
         groups, make = channels // 4, Weights(weight_dtype(dtype), device, seed + 5)
-        gate = make_input((n, 1, height, width), dtype, device, seed=seed + 4)
-        return a, make.conv(channels, 2 * channels // groups, 3), b, gate, residual, groups
+        shape = (n, 1, height, width) if self.gate == "pixel" else (n, channels, 1, 1)
+        return (
+            a,
+            make.conv(channels, inputs // groups, 3),
+            b if self.second else None,
+            make_input(shape, dtype, device, seed=seed + 4) if self.gate else None,
+            residual if self.added else None,
+            self.relu,
+            groups,
+        )
 
     @staticmethod
     def call(
         a: Tensor,
         weight: Tensor,
-        b: Tensor,
-        gate: Tensor,
-        residual: Tensor,
+        b: Tensor | None,
+        gate: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
         groups: int,
         backend: str,
     ) -> Tensor:
-        return fusion.merge3x3(
-            *(a, weight, b),
-            gate=gate,
-            relu=True,
-            residual=residual,
-            groups=groups,
-            backend=backend,
-        )
+        options = {"gate": gate, "relu": relu, "residual": residual}
+        return fusion.merge3x3(a, weight, b, **options, groups=groups, backend=backend)
 
     @staticmethod
     def reference(
-        a: Tensor, weight: Tensor, b: Tensor, gate: Tensor, residual: Tensor, groups: int
+        a: Tensor,
+        weight: Tensor,
+        b: Tensor | None,
+        gate: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+        groups: int,
     ) -> Tensor:
-        gated = a * torch.sigmoid(gate)
+        sources = [a if gate is None else a * torch.sigmoid(gate)]
+        if b is not None:
+            sources.append(b.relu() if relu else b)
+        interleaved = b is not None
         return reference.conv3x3(
-            (gated, b.relu()), weight, residual=residual, groups=groups, interleaved=True
+            sources, weight, residual=residual, groups=groups, interleaved=interleaved
         )
 
 

@@ -129,12 +129,11 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
     "conv3x3": _row("conv3x3", "conv3x3", ("cuda",)),
     "conv3x3_backward": _row("conv3x3_backward"),
     **{
-        op: _row(op, None, ("cpu",), "reference_fusion")
-        for op in (
-            *("merge3x3", "merge3x3_backward", "calibrate", "calibrate_backward"),
-            *("sigmoid_gate", "sigmoid_gate_backward", "unfold", "fold"),
-        )
+        op + suffix: _row(op + suffix, "fusion", ("cpu",), "reference_fusion")
+        for op in ("merge3x3", "calibrate", "sigmoid_gate")
+        for suffix in ("", "_backward")
     },
+    **{op: _row(op, None, ("cpu",), "reference_fusion") for op in ("unfold", "fold")},
     **{op: _row(op, "emha", BOTH, ATTENTION) for op in ("emha", "emha_backward")},
     **{
         op + suffix: _row(op + suffix, "transformer", ("cuda",), ATTENTION)
@@ -171,7 +170,7 @@ def choose(op: str, backend: str, x: torch.Tensor, misfit: str | None = None) ->
     Args:
         op: A key of `IMPLS`.
         backend: "auto" (then `use_backend`, then EFRDN_FAST_BACKEND decide), or a backend's name.
-        misfit: Why only the reference takes these sizes; None where every backend does.
+        misfit: Why the C++ for CPUs does not take these sizes; None: it does.
 
     Raises:
         ValueError: No backend has this name.
@@ -189,14 +188,12 @@ def _choose(
     op: str, backend: str, device: torch.device, dtype: torch.dtype, misfit: str | None = None
 ) -> str:
     backend = requested(backend)
-    if misfit is None:
-        return _resolve(op, backend, device, dtype)
-    if _check_name(op, backend) not in ("auto", "reference"):
-        _resolve(op, backend, device, dtype)
-        raise BackendUnavailable(
-            f"{op}: backend {backend!r} cannot run: {misfit} (reference: can run)"
-        )
-    return "reference"
+    if misfit is not None and backend == "auto" and device.type == "cpu":
+        backend = "reference"  # and nothing is built
+    chosen = _resolve(op, backend, device, dtype)
+    if misfit is not None and chosen == "cpu":
+        raise BackendUnavailable(f"{op}: backend 'cpu' cannot run: {misfit} (reference: can run)")
+    return chosen
 
 
 # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo (2 s): a

@@ -167,8 +167,8 @@ class _Walk:
         return self.self_calibrated(block.scca, self.merge(block.fuse3, m + g3))
 
     def merge(self, conv: nn.Conv2d, a: Tensor, b: Tensor | None = None, **options) -> Tensor:
-        fits = fusion.merge_misfit(conv.weight, conv.groups, b is not None) is None
-        backend = self.plan["merge3x3"] if fits else "reference"
+        plan = self.plan["merge3x3"]
+        backend = fusion.merge_backend(plan, conv.weight, conv.groups, b is not None)
         return fusion.merge3x3(a, conv.weight, b, groups=conv.groups, backend=backend, **options)
 
     def self_calibrated(self, block: blocks.SelfCalibrated, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Public ops of one block each, re-exported by `functional`, whose conventions they keep.
 
-They have CPU kernels for some widths; at others, and on other devices, `auto` takes the reference.
+On a GPU they are Triton kernels, for any width; on a CPU C++ for some widths, and at others `auto`
+takes the reference.
 Without autocast maps of several dtypes go to the widest of them.
 """
 
@@ -13,7 +14,7 @@ from . import dispatch, ops_fusion
 from .checks import check_groups, check_like, check_map, check_rank, check_weights
 from .tokens import width_misfit
 
-__all__ = ["calibrate", "merge3x3", "merge_misfit", "sigmoid_gate"]
+__all__ = ["calibrate", "merge3x3", "merge_backend", "merge_misfit", "sigmoid_gate"]
 
 _ops = getattr(torch.ops, ops_fusion.NAMESPACE)
 
@@ -64,7 +65,7 @@ def merge3x3(
 
 
 def merge_misfit(weight: Tensor, groups: int, joins: bool) -> str | None:
-    """Why the kernel of `merge3x3` does not take a weight; None: it does. `joins`: of two maps."""
+    """Why the C++ of `merge3x3` does not take a weight; None: it does. `joins`: of two maps."""
     channels, inputs = weight.shape[:2]
     if channels == 4 * groups and channels % 32 == 0 and inputs in ((4, 8) if joins else (4,)):
         return None
@@ -72,6 +73,13 @@ def merge_misfit(weight: Tensor, groups: int, joins: bool) -> str | None:
         f"it takes groups of 4 channels, a multiple of 32 in all, from {'4 or 8' if joins else 4}; "
         f"got {channels} in {groups} groups from {inputs}"
     )
+
+
+def merge_backend(planned: str, weight: Tensor, groups: int, joins: bool) -> str:
+    """The planned backend, or the reference where that is C++ which does not take the weight."""
+    if planned == "cpu" and merge_misfit(weight, groups, joins) is not None:
+        return "reference"
+    return planned
 
 
 def calibrate(

@@ -166,8 +166,7 @@ class Merge:
         self.backend = to.plan["merge3x3"]
 
     def __call__(self, a: Tensor, b: Tensor | None = None, **options) -> Tensor:
-        fits = fusion.merge_misfit(self.weight, self.groups, b is not None) is None
-        backend = self.backend if fits else "reference"
+        backend = fusion.merge_backend(self.backend, self.weight, self.groups, b is not None)
         return fusion.merge3x3(a, self.weight, b, groups=self.groups, backend=backend, **options)
 
 

@@ -256,7 +256,9 @@ def _config(out: Tensor, name: str, width: int, groups: int, split: bool) -> dic
         # Four warps repeat two tiles, but share the loads, which else spill.
         config = {"PX": 1, "Q": 32, "NB": 16, "num_warps": 4}
     elif cout <= 16 or groups > 1:
-        config = {"PX": 1 if split else 2, "Q": 32, "NB": 16, "num_warps": 2}
+        # Where the groups of a block are 16 channels, one pixel is given few registers and spills.
+        narrow = groups > 1 and width <= 16
+        config = {"PX": 1 if split and not narrow else 2, "Q": 32, "NB": 16, "num_warps": 2}
     else:
         config = {"PX": 4 if pixel <= 128 else 2, "Q": 16, "NB": 32, "num_warps": 4}
     config["num_stages"] = 1 if split else 2

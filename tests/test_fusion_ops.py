@@ -1,10 +1,12 @@
 """Merges, gates and sums over patches as `torch.library` ops, and what they refuse."""
 
+import os
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from efrdn_fast import cases_fusion, functional, fusion, tokens
+from efrdn_fast import cases_fusion, dispatch, functional, fusion, tokens
 from efrdn_fast.blocks import CC
 from efrdn_fast.testing import case_id, check_backward, check_forward, make_input
 
@@ -20,6 +22,7 @@ CASES = [
     )
 ]
 BACKENDS = ("reference", "cpu")
+INTERPRETED = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
 ops = torch.ops.efrdn_fast
 
 
@@ -50,17 +53,24 @@ OPS = (
 )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+SERVED = [
+    (op, impl.backend)
+    for op in OPS
+    for impl in dispatch.implementations(op)
+    if impl.backend in BACKENDS + INTERPRETED
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck(op, dtype, backend):
+@pytest.mark.parametrize(("op", "backend"), SERVED)
+def test_opcheck(op, backend, dtype):
     args = samples(op, dtype)
     if not op.endswith("_backward"):
         args = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
     torch.library.opcheck(getattr(ops, op).default, (*args, backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS + INTERPRETED)
 @pytest.mark.parametrize("gate", ["none", "channel"])
 def test_opcheck_of_merge3x3_without_its_options(gate, backend):
     x, y, logits, _, weight, relu, groups = samples("merge3x3", torch.float32, channel_gate=True)

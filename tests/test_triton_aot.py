@@ -29,6 +29,11 @@ SAMPLE = (
     ("acrb_backward float32 3/4", 100),
     ("conv3x3 32->32 g=1 bfloat16", 90),
     ("conv3x3 32->32 g=1 float32", 86),
+    ("sigmoid_gate_backward bfloat16", 89),
+    ("calibrate float16 1/3", 80),
+    ("calibrate_backward float32 2/4", 120),
+    ("merge3x3 pixel float16 1/2", 90),
+    ("merge3x3_backward channel float32 2/3", 100),
 )
 
 

@@ -20,13 +20,16 @@ SMALL = (
     "(W37 or C48 or g8 or (float16 and not bfloat16)))"
 )
 
+CHOSEN = [(op, SMALL) for op in ("gcrb", "acrb", "conv3x3", "fusion_backends")]
+CHOSEN += [("fusion_ops", "opcheck and triton")]
 
-@pytest.mark.parametrize("op", ["gcrb", "acrb", "conv3x3"])
-def test_kernels_in_the_interpreter(op):
+
+@pytest.mark.parametrize(("op", "chosen"), CHOSEN, ids=[op for op, _ in CHOSEN])
+def test_kernels_in_the_interpreter(op, chosen):
     pytest.importorskip("triton", reason="Triton is for Linux; it is not installed here")
     command = [
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-        *(str(TESTS / f"test_{op}.py"), "-k", SMALL),
+        *(str(TESTS / f"test_{op}.py"), "-k", chosen),
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
