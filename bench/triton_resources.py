@@ -27,12 +27,14 @@ import triton
 from efrdn_fast.kernels import (
     _launch,
     acrb,
+    calibrate,
     conv3x3,
     emha,
-    fusion,
     gcrb,
     gcrb_chain,
     gcrb_train,
+    merge3x3,
+    sigmoid_gate,
     transformer,
 )
 from torch import Tensor
@@ -160,21 +162,21 @@ def kernels() -> list[Kernel]:
 def _lattice(dtype: torch.dtype, label: str) -> Iterator[Kernel]:
     """Gates and joins, forward and backward, without the convolution that follows a join."""
     x, logits = cases_fusion.SigmoidGateCase(SHAPE).args(dtype)
-    yield from _recorded(f"sigmoid_gate {label}", fusion.sigmoid_gate, (x, logits))
+    yield from _recorded(f"sigmoid_gate {label}", sigmoid_gate.sigmoid_gate, (x, logits))
     args = (x, x, logits)
-    yield from _recorded(f"sigmoid_gate_backward {label}", fusion.sigmoid_gate_backward, args)
+    yield from _recorded(f"sigmoid_gate_backward {label}", sigmoid_gate.sigmoid_gate_backward, args)
     args = cases_fusion.CalibrateCase(SHAPE).args(dtype)
-    yield from _recorded(f"calibrate {label}", fusion.calibrate, args)
+    yield from _recorded(f"calibrate {label}", calibrate.calibrate, args)
     args = (*args, torch.zeros(SHAPE[0], 2, SHAPE[1]))
-    yield from _recorded(f"calibrate_backward {label}", fusion.calibrate_backward, args)
+    yield from _recorded(f"calibrate_backward {label}", calibrate.calibrate_backward, args)
     n, c, *size = SHAPE
     for gate in ("pixel", "channel"):
         case = cases_fusion.Merge3x3Case((n, c // 2, *size), gate=gate)
         a, _, b, logits, _, relu, _ = case.args(dtype)
         args, rest = (a, b, logits), (torch.zeros(c, c // 8, 3, 3), relu, 8)
         for name, launcher, given in (
-            ("merge3x3", fusion.merge3x3, (*args, x, *rest)),
-            ("merge3x3_backward", fusion.merge3x3_backward, (x, *args, *rest)),
+            ("merge3x3", merge3x3.merge3x3, (*args, x, *rest)),
+            ("merge3x3_backward", merge3x3.merge3x3_backward, (x, *args, *rest)),
         ):
             for kernel in _recorded(f"{name} {gate} {label}", launcher, given):
                 if not kernel.matrix:

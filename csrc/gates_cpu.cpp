@@ -87,9 +87,11 @@ void apply_backward(const GateArgs& a, int64_t begin, int64_t end) {
   each_pixel<T>(a, begin, end, [&](int64_t row) {
     const T *x = row_of<T>(a.x, a.h, row), *grad = row_of<T>(a.grad, a.h, row);
     const int64_t image = row / a.h * a.c;
-    const float *scale = a.scale + image, *slope = a.slope + image, *offset = a.offset + image;
+    const float *scale = a.scale + image, *slope = a.slope + image;
+    const float *center = a.center + image, *offset = a.offset + image;
     return [=](int64_t j, int64_t c) EFRDN_FAST_LAMBDA {
-      const V rest = fma(load(slope + c), load(x + j * a.x.stride_w + c), load(offset + c));
+      const V away = sub(load(x + j * a.x.stride_w + c), load(center + c));
+      const V rest = fma(load(slope + c), away, load(offset + c));
       return fma(load(scale + c), load(grad + j * a.grad.stride_w + c), rest);
     };
   });

@@ -12,6 +12,7 @@ struct GateArgs {
   Map y, grad_z;         // maps that are written
   const float* scale;    // [N, C]
   const float* slope;    // [N, C]
+  const float* center;   // [N, C]
   const float* offset;   // [N, C]
   float* rows;           // sums of each row, [N * H, ...]
 };
@@ -26,7 +27,7 @@ EFRDN_FAST_PASS_OF(GateArgs, gate_moments)
 EFRDN_FAST_PASS_OF(GateArgs, gate_products)
 // y = base + scale x.
 EFRDN_FAST_PASS_OF(GateArgs, gate_apply)
-// y = scale grad + slope x + offset.
+// y = scale grad + slope (x - center) + offset: where all pixels agree, x - center is nothing.
 EFRDN_FAST_PASS_OF(GateArgs, gate_apply_backward)
 // y = x sigmoid(z); backward y = grad sigmoid(z), grad_z = grad x sigmoid'(z).
 EFRDN_FAST_PASS_OF(GateArgs, gate_sigmoid)

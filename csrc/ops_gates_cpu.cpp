@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> calibrate_backward(Tensor gra
   a.rows = rows.data(), a.grad = map_of(grad_y);
   over_rows(a, EFRDN_FAST_DISPATCH(gate_products));
   const int64_t m = net.m, size = a.n * a.c;
-  Floats scale(static_cast<size_t>(size)), slope(scale), offset(scale);
+  Floats scale(static_cast<size_t>(size)), slope(scale), center(scale), offset(scale);
   Doubles hidden(static_cast<size_t>(m)), gate(static_cast<size_t>(a.c)), inner(hidden);
   Doubles grad_w1(static_cast<size_t>(m * a.c)), grad_b1(hidden), grad_w2(grad_w1), grad_b2(gate);
   const double pixels = static_cast<double>(a.h * a.w);
@@ -143,18 +143,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> calibrate_backward(Tensor gra
         for (int64_t k = 0; k < m; ++k) g += inner[k] * floats(net.w1)[k * a.c + i];
         const int64_t at = n * a.c + i;
         if (s == 0) {
-          offset[at] += static_cast<float>(g / pixels);
+          center[at] = statistic[i];
+          offset[at] = static_cast<float>(g / pixels);
         } else {
-          const double each = g / (pixels * statistic[i]);
-          slope[at] = static_cast<float>(each);
-          offset[at] -= static_cast<float>(each * stat[i]);
+          slope[at] = static_cast<float>(g / (pixels * statistic[i]));
         }
       }
     }
   }
   Tensor grad_x = like(a, x);
   a.y = map_of(grad_x);
-  a.scale = scale.data(), a.slope = slope.data(), a.offset = offset.data();
+  a.scale = scale.data(), a.slope = slope.data();
+  a.center = center.data(), a.offset = offset.data();
   over_rows(a, EFRDN_FAST_DISPATCH(gate_apply_backward));
   const auto of = [](const Tensor& tensor, const Doubles& values) {
     const double* from = values.data();

@@ -129,7 +129,7 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
     "conv3x3": _row("conv3x3", "conv3x3", ("cuda",)),
     "conv3x3_backward": _row("conv3x3_backward"),
     **{
-        op + suffix: _row(op + suffix, "fusion", ("cpu",), "reference_fusion")
+        op + suffix: _row(op + suffix, op, ("cpu",), "reference_fusion")
         for op in ("merge3x3", "calibrate", "sigmoid_gate")
         for suffix in ("", "_backward")
     },

@@ -74,9 +74,9 @@ def calibrate_backward(grad, x, w1, b1, w2, b2, statistics):
     grad_mean, grad_std = (grad_hidden @ weights[0].flatten(1)).unbind(1)
     mean, std = statistics.unbind(1)
     slope = grad_std / (std * x.shape[2] * x.shape[3])
-    offset = grad_mean / (x.shape[2] * x.shape[3]) - slope * mean
-    factors = (f.to(x.dtype)[:, :, None, None] for f in (gates.mean(dim=1), slope, offset))
-    scale, slope, offset = factors
+    offset = grad_mean / (x.shape[2] * x.shape[3])
+    factors = (gates.mean(dim=1), slope, mean, offset)
+    scale, slope, mean, offset = (f.to(x.dtype)[:, :, None, None] for f in factors)
     grads = (
         grad_hidden.flatten(0, 1).T @ statistics.flatten(0, 1),
         grad_hidden.sum(dim=(0, 1)),
@@ -84,7 +84,7 @@ def calibrate_backward(grad, x, w1, b1, w2, b2, statistics):
         grad_out.sum(dim=(0, 1)),
     )
     grads = (g.view_as(w).to(w.dtype) for g, w in zip(grads, (w1, b1, w2, b2), strict=True))
-    return nhwc_strides(grad * scale + x * slope + offset), *grads
+    return nhwc_strides(grad * scale + (x - mean) * slope + offset), *grads
 
 
 def sigmoid_gate(x, logits):

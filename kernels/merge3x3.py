@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._fusion_tiles import (
+from ._launch import empty_map, launch, readable, relu
+from ._pixel_tiles import (
     chunks_of,
     load_channels,
     load_tile,
@@ -25,7 +26,6 @@ from ._fusion_tiles import (
     store_tile,
     tile_config,
 )
-from ._launch import empty_map, launch, readable, relu
 from ._reduce import sum_rows
 from .conv3x3 import conv3x3
 from .reference import conv_backward, nhwc_strides

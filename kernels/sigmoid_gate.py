@@ -1,7 +1,4 @@
-"""Gates and joins of the lattice in Triton: `merge3x3`, `calibrate`, `sigmoid_gate`.
-
-`sigmoid_gate` is one kernel, backward one; `calibrate`: see `_calibrate`; `merge3x3`: see `_merge`.
-"""
+"""`x sigmoid(logits)`: one kernel forward, one backward, which computes the sigmoid again."""
 
 from __future__ import annotations
 
@@ -9,19 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._calibrate import calibrate, calibrate_backward
-from ._fusion_tiles import load_tile, pixel_strides, store_tile, tile_config
 from ._launch import empty_map, launch, readable
-from ._merge import merge3x3, merge3x3_backward
+from ._pixel_tiles import load_tile, pixel_strides, store_tile, tile_config
 
-__all__ = [
-    "calibrate",
-    "calibrate_backward",
-    "merge3x3",
-    "merge3x3_backward",
-    "sigmoid_gate",
-    "sigmoid_gate_backward",
-]
+__all__ = ["sigmoid_gate", "sigmoid_gate_backward"]
 
 
 @triton.jit(do_not_specialize=["pixels", "W", "tiles"])

@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._fusion_tiles import (
+from ._gcrb_moments import add_moments, merge_moments, row_size, store_moments, sum_inner_rows
+from ._launch import empty_map, launch, readable, relu
+from ._pixel_tiles import (
     chunks_of,
     load_channels,
     load_tile,
@@ -26,8 +28,6 @@ from ._fusion_tiles import (
     store_tile,
     tile_config,
 )
-from ._gcrb_moments import add_moments, merge_moments, row_size, store_moments, sum_inner_rows
-from ._launch import empty_map, launch, readable, relu
 from ._reduce import sum_rows
 
 __all__ = ["calibrate", "calibrate_backward"]
