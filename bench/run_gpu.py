@@ -104,7 +104,7 @@ def steps(out: Path, device: str = "cuda") -> list[Step]:
         Step("blocks", bench("blocks"), 20),
         Step("quality", (*verify, "--benchmark", str(data), "--sets", "Set5"), 40, ("data",)),
         Step("tuning", (python, "-m", "bench.tune", "--minutes", "1", "--folder",
-            str(out / "configs")), 75, ("triton",)),
+            str(out / "configs"), "--ops", *TUNED), 75, ("triton",)),
         Step("peers", bench("peers", "--seconds", "2"), 40),
         Step("ntire", bench("ntire"), 40),
         Step("compile", bench(*ladder, "--variants", "compile-fp16,compile-max-fp16",
@@ -113,6 +113,7 @@ def steps(out: Path, device: str = "cuda") -> list[Step]:
 
 
 TESTED = ("gcrb", "acrb", "conv3x3", "emha", "transformer", "fusion_backends")
+TUNED = ("gcrb", "conv3x3", "gcrb_chain", "gcrb_train")
 QUICK = (
     "eager-fp32,eager-fp16,sdpa-fp16,tensorrt-fp16,ours-triton-fp32,ours-triton-fp16,"
     "ours-cuda-fp32,ours-cuda-tf32,ours-cuda-fp16"

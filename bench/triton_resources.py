@@ -172,7 +172,7 @@ def _lattice(dtype: torch.dtype, label: str) -> Iterator[Kernel]:
     n, c, *size = SHAPE
     for gate in ("pixel", "channel"):
         case = cases_fusion.Merge3x3Case((n, c // 2, *size), gate=gate)
-        a, _, b, logits, _, relu, _ = case.args(dtype)
+        a, b, logits, _, _, relu, _ = case.args(dtype)
         args, rest = (a, b, logits), (torch.zeros(c, c // 8, 3, 3), relu, 8)
         for name, launcher, given in (
             ("merge3x3", merge3x3.merge3x3, (*args, x, *rest)),

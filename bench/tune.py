@@ -27,7 +27,7 @@ from efrdn_fast.kernels import _configs
 from torch.utils._pytree import tree_leaves
 from triton.errors import TritonError
 
-from efrdn_fast import cases, dispatch, ops
+from efrdn_fast import cases, cases_fusion, dispatch, ops
 from efrdn_fast.timing import Clock, measure, paired_ratio
 
 __all__ = ["SPACE", "changes", "descend", "main"]
@@ -46,6 +46,9 @@ SPACE: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "gcrb_chain": {"HEIGHT": (16, 8, 32), "WIDTH": (16, 32, 64), "num_warps": (8, 4, 16)},
     "gcrb_train": {"PX": (1, 2), "Q": (32, 16, 64), "programs": (3, 2, 4, 6), "num_warps": (4, 2)},
+    "sigmoid_gate": {"P": (64, 32, 128), "programs": (2,), "num_warps": (4, 2, 8)},
+    "calibrate": {"P": (64, 32, 128), "programs": (2, 1, 4), "num_warps": (4, 2, 8)},
+    "merge3x3": {"P": (64, 32, 128), "programs": (2,), "num_warps": (4, 2, 8)},
 }
 """Op -> the values that each key of its config may take; the search starts at the first ones."""
 CASES = {
@@ -53,6 +56,9 @@ CASES = {
     "conv3x3": cases.CONV3X3_BENCH + cases.ACRB_BENCH,
     "gcrb_chain": tuple(cases.GcrbChainCase(case.shape) for case in cases.GCRB_BENCH),
     "gcrb_train": tuple(cases.GcrbTrainCase(case.shape) for case in cases.GCRB_BENCH),
+    "sigmoid_gate": tuple(cases_fusion.SigmoidGateCase(case.shape) for case in cases.GCRB_BENCH),
+    "calibrate": tuple(cases_fusion.CalibrateCase(case.shape) for case in cases.GCRB_BENCH),
+    "merge3x3": tuple(cases_fusion.Merge3x3Case(case.shape) for case in cases.GCRB_BENCH),
 }
 
 
@@ -159,7 +165,7 @@ def _winner(op: str, clock: Clock) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", nargs="+", choices=sorted(SPACE), default=sorted(SPACE))
+    parser.add_argument("--ops", nargs="+", choices=sorted(SPACE), default=list(SPACE))
     parser.add_argument("--minutes", type=float, default=20.0, help="time in all (default: 20)")
     parser.add_argument("--backends", action="store_true", help="only which backend wins")
     parser.add_argument("--folder", type=Path, default=_configs.FOLDER, help="where to write")

@@ -107,7 +107,7 @@ class CalibrateCase(FusionCase):
 
 @dataclass(frozen=True)
 class Merge3x3Case(FusionCase):
-    """a, weight, b, gate, residual, relu, groups."""
+    """a, b, gate, residual, weight, relu, groups."""
 
     gate: str | None = "pixel"
     """One value per "pixel" or "channel", or None."""
@@ -129,10 +129,10 @@ class Merge3x3Case(FusionCase):
         shape = (n, 1, height, width) if self.gate == "pixel" else (n, channels, 1, 1)
         return (
             a,
-            make.conv(channels, inputs // groups, 3),
             b if self.second else None,
             make_input(shape, dtype, device, seed=seed + 4) if self.gate else None,
             residual if self.added else None,
+            make.conv(channels, inputs // groups, 3),
             self.relu,
             groups,
         )
@@ -140,10 +140,10 @@ class Merge3x3Case(FusionCase):
     @staticmethod
     def call(
         a: Tensor,
-        weight: Tensor,
         b: Tensor | None,
         gate: Tensor | None,
         residual: Tensor | None,
+        weight: Tensor,
         relu: bool,
         groups: int,
         backend: str,
@@ -154,10 +154,10 @@ class Merge3x3Case(FusionCase):
     @staticmethod
     def reference(
         a: Tensor,
-        weight: Tensor,
         b: Tensor | None,
         gate: Tensor | None,
         residual: Tensor | None,
+        weight: Tensor,
         relu: bool,
         groups: int,
     ) -> Tensor:
