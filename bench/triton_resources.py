@@ -57,6 +57,8 @@ __all__ = [
 ]
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+TENSOR_MEMORY = 512
+"""Columns of a multiprocessor; sm_100 only."""
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "triton_resources.md"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPE = (1, 32, 180, 320)
@@ -256,6 +258,13 @@ def _disassembler() -> str:
 def measure(kernel: _launch.Launch, architecture: int) -> Resources:
     """Compile for one architecture (80 for sm_80) and read the machine code."""
     compiled = compile_for(kernel, architecture)
+    columns = compiled.metadata.tmem_size
+    if columns > TENSOR_MEMORY:  # Triton gives a kernel that only traps
+        name = kernel.kernel.fn.__name__
+        raise ValueError(
+            f"{name} for sm_{architecture} takes {columns} columns of tensor memory; there are "
+            f"{TENSOR_MEMORY}"
+        )
     return _read(compiled.asm["cubin"], compiled.metadata.shared)
 
 

@@ -113,11 +113,14 @@ def load_pixels(x_ptr, n, y, x, H, W, stride_n, stride_h, stride_w,
 
 
 @triton.jit
-def load_blocks(ptr, row, ok, SIZE: tl.constexpr, BLOCKS: tl.constexpr):
-    """Rows of SIZE values as tiles, one for each block; zero where not `ok` and behind SIZE."""
+def load_blocks(ptr, row, ok, SIZE: tl.constexpr, BLOCKS: tl.constexpr, first=0):
+    """Columns from `first` on of rows of SIZE values, a tile for each block.
+
+    Zero where not `ok` and behind SIZE.
+    """
     tiles = ()
     for b in tl.static_range(len(BLOCKS)):
-        k = columns(BLOCKS, b)
+        k = first + columns(BLOCKS, b)
         pointers = ptr + row[:, None] * SIZE + k[None, :]
         tiles += (tl.load(pointers, mask=ok[:, None] & (k < SIZE)[None, :], other=0.0),)
     return tiles
@@ -166,25 +169,26 @@ def normed_linear(x_ptr, a, proj_ptr, bias_ptr, w_ptr, uv_ptr, n, y, x, H, W,
     P: tl.constexpr = y.shape[0]
     c = tl.arange(0, CP)
     shift = tl.zeros((P,), tl.float32)
-    sums = tl.zeros((P, CP), tl.float32)
-    squares = tl.zeros((P, CP), tl.float32)
+    sums = tl.zeros((P,), tl.float32)
+    squares = tl.zeros((P,), tl.float32)
     acc = zero_blocks(P, BLOCKS)
-    for i in range(9):
+    # Not hoisted: `a` in two TF32 parts, kept in registers over all taps, spills.
+    for i in tl.range(9, disable_licm=True):
         tap = (i + 4) % 9  # from the centre, which is never padding
         t = token_tap(x_ptr, a, proj_ptr, bias_ptr, n, y, x, tap, H, W, stride_n, stride_h,
                       stride_w, C, CP, M, A_BLOCKS, PRECISION)  # fmt: skip
         shift = tl.where(i == 0, tl.sum(t, axis=1) / C, shift)
         t = tl.where((c < C)[None, :], t - shift[:, None], 0.0)
-        sums += t
-        squares += t * t
+        sums += tl.sum(t, axis=1)
+        squares += tl.sum(t * t, axis=1)
         added = ()
         for b in tl.static_range(len(BLOCKS)):
             column = columns(BLOCKS, b)
             w = tl.load(w_ptr + (tap * CP + c)[:, None] * LP + column[None, :])
             added += (dot(t.to(dtype), w, acc[b], PRECISION),)
         acc = added
-    mean = tl.sum(sums, axis=1) / (9 * C)
-    variance = tl.sum(squares, axis=1) / (9 * C) - mean * mean
+    mean = sums / (9 * C)
+    variance = squares / (9 * C) - mean * mean
     rstd = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
     out = ()
     for b in tl.static_range(len(BLOCKS)):

@@ -7,7 +7,9 @@ K = 9 C, the gradient of a token is
 
 so one kernel over the tokens leaves four numbers for each. The gradient of the map is then the fold
 of dt, gathered by pixels; those of the weights follow from sum g z^T, summed by chunks of tokens in
-fixed order. Products of whole matrices that PyTorch has as such are left to it.
+fixed order. With the numbers known all of it is linear in t = unfold(x) + W a + b: the terms of x,
+a and b are summed apart, and no tap needs the projection again. Products of whole matrices that
+PyTorch has as such are left to it.
 """
 
 from __future__ import annotations
@@ -19,84 +21,22 @@ from torch import Tensor
 
 from ._emha_bwd import precision
 from ._launch import dot, empty_map, launch, map_strides, readable
+from ._token_stats import linear_stats, token_stats
 from ._token_tiles import (
     channel_tiles,
     columns,
-    fold_norm,
     fold_rows,
     inside_map,
-    load_blocks,
     load_pixels,
-    normed_linear,
-    padded_width,
     tap_weights,
-    token_tap,
     token_tile,
     width_blocks,
     width_limit,
     zero_blocks,
 )
-from ._token_weights import OPTIONS, STATS, TILE, weight_sums
+from ._token_weights import MEAN, OFFSET, OPTIONS, RSTD, SLOPE, STATS, TILE, outer_sums
 
 __all__ = ["token_fold_backward", "token_hidden_backward", "token_qkv_backward"]
-
-
-@triton.jit(do_not_specialize=["H", "W"])
-def _token_bwd_rows_kernel(
-    x_ptr, a_ptr, proj_ptr, bias_ptr, w_ptr, uv_ptr, g_ptr, back_ptr, stats_ptr, out_ptr, H, W,
-    stride_n, stride_h, stride_w, eps, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr,
-    A_BLOCKS: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, BLOCKS: tl.constexpr,
-    PRECISION: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """The numbers of every token; with `a` its gradient, else what the Linear gave."""
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    n, token, y, x = token_tile(tl.program_id(0), H, W, P)
-    row = n * H * W + token
-    ok = y < H
-    a = load_blocks(a_ptr, row, ok, M, A_BLOCKS)
-    g = load_blocks(g_ptr, row, ok, L, BLOCKS)
-    normed, mean, rstd = normed_linear(x_ptr, a, proj_ptr, bias_ptr, w_ptr, uv_ptr, n, y, x, H, W,
-                                       stride_n, stride_h, stride_w, eps, C, CP, M, A_BLOCKS,
-                                       BLOCKS, LP, PRECISION)  # fmt: skip
-    along = tl.zeros((P,), tl.float32)
-    across = tl.zeros((P,), tl.float32)
-    for b in tl.static_range(len(BLOCKS)):
-        column = columns(BLOCKS, b)
-        grad = g[b].to(tl.float32)
-        along += tl.sum(grad * tl.load(uv_ptr + column)[None, :], axis=1)
-        across += tl.sum(grad * normed[b], axis=1)
-        if len(A_BLOCKS) == 0:
-            out = normed[b] + tl.load(uv_ptr + LP + column)[None, :]
-            mask = ok[:, None] & (column < L)[None, :]
-            tl.store(out_ptr + row[:, None] * L + column[None, :], out.to(dtype), mask=mask)
-    stats = stats_ptr + row * STATS
-    slope = -rstd * rstd * across / (9 * C)
-    offset = -rstd * along / (9 * C)
-    tl.store(stats, rstd, mask=ok)
-    tl.store(stats + 1, slope, mask=ok)
-    tl.store(stats + 2, offset, mask=ok)
-    tl.store(stats + 3, mean, mask=ok)
-    if len(A_BLOCKS) > 0:
-        acc = zero_blocks(P, A_BLOCKS)
-        for tap in range(9):
-            t = token_tap(x_ptr, a, proj_ptr, bias_ptr, n, y, x, tap, H, W, stride_n, stride_h,
-                          stride_w, C, CP, M, A_BLOCKS, PRECISION)  # fmt: skip
-            back = tl.zeros((P, CP), tl.float32)
-            for b in tl.static_range(len(BLOCKS)):
-                k = columns(BLOCKS, b)
-                back = dot(g[b], tap_weights(back_ptr, k, tap, L, C, CP), back, PRECISION)
-            dt = back * rstd[:, None] + offset[:, None] + (t - mean[:, None]) * slope[:, None]
-            dt = tl.where((tl.arange(0, CP) < C)[None, :], dt, 0.0).to(dtype)
-            added = ()
-            for b in tl.static_range(len(A_BLOCKS)):
-                k = columns(A_BLOCKS, b)
-                w = tl.trans(tap_weights(proj_ptr, k, tap, M, C, CP))
-                added += (dot(dt, w, acc[b], PRECISION),)
-            acc = added
-        for b in tl.static_range(len(A_BLOCKS)):
-            k = columns(A_BLOCKS, b)
-            mask = ok[:, None] & (k < M)[None, :]
-            tl.store(out_ptr + row[:, None] * M + k[None, :], acc[b].to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["H", "W"])
@@ -116,46 +56,92 @@ def _token_bwd_map_kernel(
         column = x + (1 - tap % 3)
         ok = inside_map(row, column, H, W)
         stats = stats_ptr + ((n * H + row) * W + column) * STATS
-        slope = tl.load(stats + 1, mask=ok, other=0.0)[:, None]
-        offset = tl.load(stats + 2, mask=ok, other=0.0)[:, None]
-        mean = tl.load(stats + 3, mask=ok, other=0.0)[:, None]
+        slope = tl.load(stats + SLOPE, mask=ok, other=0.0)[:, None]
+        offset = tl.load(stats + OFFSET, mask=ok, other=0.0)[:, None]
+        mean = tl.load(stats + MEAN, mask=ok, other=0.0)[:, None]
         t = center - mean
         if len(A_BLOCKS) > 0:
             t += tl.load(bias_ptr + c * 9 + tap, mask=c < C, other=0.0).to(tl.float32)[None, :]
         acc += t * slope + offset
-    acc = fold_rows(acc, g_ptr, stats_ptr, back_ptr, n, y, x, H, W, C, CP, L, BLOCKS, STATS,
+    acc = fold_rows(acc, g_ptr, stats_ptr + RSTD, back_ptr, n, y, x, H, W, C, CP, L, BLOCKS, STATS,
                     PRECISION)  # fmt: skip
     if len(A_BLOCKS) > 0:
-        acc = fold_rows(acc, a_ptr, stats_ptr + 1, proj_ptr, n, y, x, H, W, C, CP, M, A_BLOCKS,
+        acc = fold_rows(acc, a_ptr, stats_ptr + SLOPE, proj_ptr, n, y, x, H, W, C, CP, M, A_BLOCKS,
                         STATS, PRECISION)  # fmt: skip
     out = out_ptr + n * stride_on + y.to(tl.int64)[:, None] * stride_oh
     out += x.to(tl.int64)[:, None] * stride_ow + c[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(y < H)[:, None] & (c < C)[None, :])
 
 
+@triton.jit
+def _add_linear(acc, rows_ptr, row, ok, w_ptr, SIZE: tl.constexpr, M: tl.constexpr,
+                BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """acc + rows W, a tile for each of BLOCKS; weight `[SIZE, M]`."""
+    for start in range(0, SIZE, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        real = (k < SIZE)[None, :]
+        rows = tl.load(rows_ptr + row[:, None] * SIZE + k[None, :], ok[:, None] & real, 0.0)
+        added = ()
+        for b in tl.static_range(len(BLOCKS)):
+            column = columns(BLOCKS, b)
+            mask = (k < SIZE)[:, None] & (column < M)[None, :]
+            w = tl.load(w_ptr + k[:, None] * M + column[None, :], mask, 0.0)
+            added += (dot(rows, w, acc[b], PRECISION),)
+        acc = added
+    return acc
+
+
 @triton.jit(do_not_specialize=["H", "W"])
 def _unfold_linear_kernel(
-    x_ptr, w_ptr, out_ptr, H, W, stride_n, stride_h, stride_w, C: tl.constexpr, CP: tl.constexpr,
-    M: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, a_ptr, squares_ptr, g_ptr, mixed_ptr, total_ptr, stats_ptr, out_ptr,
+    H, W, stride_n, stride_h, stride_w, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr,
+    BLOCKS: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
-    """unfold(x) W `[T, M]`, weight `[9 C, M]`."""
+    """unfold(x) W `[T, M]`, weight `[9 C, M]`; with `stats_ptr` dt W.
+
+    Then t = unfold(x) + bias + W a, so dt W follows from products with W^T W (`squares_ptr`), with
+    the weight behind the norm times W (`mixed_ptr`) and with 1 W (`total_ptr`).
+    """
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     n, token, y, x = token_tile(tl.program_id(0), H, W, P)
+    ok = y < H
+    row = n * H * W + token
+    stats = stats_ptr
+    if stats_ptr is not None:
+        stats = stats_ptr + row * STATS
+        mean = tl.load(stats + MEAN, mask=ok, other=0.0)[:, None]
     acc = zero_blocks(P, BLOCKS)
     for tap in range(9):
-        t = token_tap(x_ptr, (), None, None, n, y, x, tap, H, W, stride_n, stride_h, stride_w,
-                      C, CP, 0, (), PRECISION).to(dtype)  # fmt: skip
+        t = load_pixels(x_ptr, n, y + (tap // 3 - 1), x + (tap % 3 - 1), H, W, stride_n, stride_h,
+                        stride_w, C, CP)  # fmt: skip
+        if stats_ptr is not None:
+            c = tl.arange(0, CP)
+            bias = tl.load(bias_ptr + c * 9 + tap, mask=c < C, other=0.0).to(tl.float32)
+            t += bias[None, :] - mean
         added = ()
         for b in tl.static_range(len(BLOCKS)):
             k = columns(BLOCKS, b)
             w = tl.trans(tap_weights(w_ptr, k, tap, M, C, CP))
-            added += (dot(t, w, acc[b], PRECISION),)
+            added += (dot(t.to(dtype), w, acc[b], PRECISION),)
         acc = added
-    row = (n * H * W + token)[:, None]
+    if stats_ptr is not None:
+        acc = _add_linear(acc, a_ptr, row, ok, squares_ptr, M, M, BLOCKS, BLOCK, PRECISION)
+        rstd = tl.load(stats + RSTD, mask=ok, other=1.0)[:, None]
+        slope = tl.load(stats + SLOPE, mask=ok, other=0.0)[:, None] / rstd
+        scaled = ()
+        for b in tl.static_range(len(BLOCKS)):
+            scaled += (acc[b] * slope,)
+        acc = _add_linear(scaled, g_ptr, row, ok, mixed_ptr, L, M, BLOCKS, BLOCK, PRECISION)
+        offset = tl.load(stats + OFFSET, mask=ok, other=0.0)[:, None]
     for b in tl.static_range(len(BLOCKS)):
         k = columns(BLOCKS, b)
-        mask = (y < H)[:, None] & (k < M)[None, :]
-        tl.store(out_ptr + row * M + k[None, :], acc[b].to(dtype), mask=mask)
+        out = acc[b]
+        if stats_ptr is not None:
+            total = tl.load(total_ptr + k, mask=k < M, other=0.0)
+            out = out * rstd + offset * total[None, :]
+        mask = ok[:, None] & (k < M)[None, :]
+        tl.store(out_ptr + row[:, None] * M + k[None, :], out.to(dtype), mask=mask)
 
 
 def _normed_backward(
@@ -174,36 +160,95 @@ def _normed_backward(
     """
     n, c, h, w = x.shape
     width, has_a = weight.shape[0], a is not None
-    inner = a.shape[2] if has_a else 0
-    folded, uv = fold_norm(weight, gamma, beta, None, x.dtype)
+    inner, limit = a.shape[2] if has_a else 0, width_limit(product)
     back = (weight.float() * gamma.float()).t().to(x.dtype).contiguous()  # [9 C, L]
-    stats = x.new_empty((n * h * w, STATS.value), dtype=torch.float32)
-    out = x.new_empty((n, h * w, inner if has_a else width))
-    limit = width_limit(product)
-    sizes = channel_tiles(x) | {"M": inner, "A_BLOCKS": width_blocks(inner, limit), "L": width}
-    sizes |= {"BLOCKS": width_blocks(width, limit), "PRECISION": product, "P": TILE} | OPTIONS
-    a = g if a is None else a
-    programs = n * triton.cdiv(h * w, TILE)
-    launch(
-        _token_bwd_rows_kernel,
-        programs,
-        *(x, a, *proj, folded, uv, g, back, stats, out, h, w, *map_strides(x), eps),
-        **(sizes | {"LP": padded_width(width)}),
-    )
+    if has_a:
+        stats = token_stats(x, a, g, proj, back, eps, product)
+    else:
+        stats, out = linear_stats(x, g, weight, gamma, beta, eps, product)
     grad_x = empty_map(x, c)
     launch(
         _token_bwd_map_kernel,
-        programs,
-        *(x, a, *proj, g, back, stats, grad_x, h, w, *map_strides(x), *map_strides(grad_x)),
-        **sizes,
+        n * triton.cdiv(h * w, TILE),
+        *(x, a if has_a else g, *proj, g, back, stats, grad_x),
+        *(h, w, *map_strides(x), *map_strides(grad_x)),
+        **channel_tiles(x),
+        M=inner,
+        A_BLOCKS=width_blocks(inner, limit),
+        L=width,
+        BLOCKS=width_blocks(width, limit),
+        PRECISION=product,
+        P=TILE,
+        **OPTIONS,
     )
-    outer, grad_proj, grad_bias = weight_sums(x, a, g, proj, back, stats, has_a, product)
+    grad_proj, grad_bias = (), ()
+    if has_a:
+        out = _unfold_linear(x, proj[0], proj[1], a, g, back, stats, product)
+        outer, grad_proj, grad_bias = _weight_gradients(x, a, g, proj, back, stats, product)
+    else:
+        outer, _ = outer_sums(x, stats, product, (None, g, RSTD.value))
     total = g.sum((0, 1), dtype=torch.float32)
     grad_weight = outer.t() * gamma + torch.outer(total, beta.float())
     grad_gamma = (weight * outer.t()).sum(0)
     grad_beta = (weight * total[:, None]).sum(0)
     grads = grad_weight.to(weight.dtype), grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype)
     return grad_x, out, *grads, grad_proj, grad_bias
+
+
+def _weight_gradients(
+    x: Tensor, a: Tensor, g: Tensor, proj: tuple[Tensor, Tensor], back: Tensor, stats: Tensor,
+    product: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """sum z g^T, sum dt a^T and sum dt where t - mean = (unfold(x) - mean) + bias + W a.
+
+    Sums over the tokens of each term, so that no tap of a token needs the projection again.
+    """
+    weight, bias, back = proj[0].float(), proj[1].float(), back.float()
+    outer, _, sloped, sloped_x = outer_sums(
+        x, stats, product, (None, g, RSTD.value), (None, a, SLOPE.value)
+    )
+    scaled, scaled_g, squares, sloped_a = outer_sums(
+        x, stats, product, (g, a, RSTD.value), (a, a, SLOPE.value)
+    )
+    _, slope, offset, _ = stats.sum(0)
+    outer += torch.outer(bias, scaled_g) + weight @ scaled.t()
+    # sum offset a, with offset = -rstd (g . u) / K, u = W gamma 1
+    constant = back.sum(0) @ scaled / -len(weight)
+    grad_proj = sloped + torch.outer(bias, sloped_a) + weight @ squares + back @ scaled + constant
+    grad_bias = sloped_x + bias * slope + weight @ sloped_a + back @ scaled_g + offset
+    return outer, grad_proj, grad_bias
+
+
+def _unfold_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, g: Tensor | None,
+    back: Tensor | None, stats: Tensor | None, product: str,
+) -> Tensor:  # fmt: skip
+    """unfold(x) W `[N, T, M]`; with `stats` dt W, the gradient of `a`."""
+    n, _, h, w = x.shape
+    inner, limit = weight.shape[1], width_limit(product)
+    out = x.new_empty((n, h * w, inner))
+    matrices: tuple[Tensor | None, ...] = (None, None, None)
+    if stats is not None:
+        wide = weight.float()
+        squares, mixed = (m.float().t() @ wide for m in (weight, back))
+        matrices = squares.to(x.dtype), mixed.to(x.dtype), wide.sum(0)
+    options = dict(OPTIONS)
+    if stats is None and x.dtype != torch.float32:
+        del options["maxnreg"]  # with it ptxas takes on more than fits
+    launch(
+        _unfold_linear_kernel,
+        n * triton.cdiv(h * w, TILE),
+        *(x, weight, bias, a, matrices[0], g, *matrices[1:], stats, out, h, w, *map_strides(x)),
+        **channel_tiles(x),
+        M=inner,
+        BLOCKS=width_blocks(inner, limit),
+        L=0 if g is None else g.shape[2],
+        BLOCK=limit,
+        PRECISION=product,
+        P=TILE,
+        **options,
+    )
+    return out
 
 
 def _overlaps(x: Tensor) -> Tensor:
@@ -276,30 +321,17 @@ def token_fold_backward(
     tf32: bool,
 ) -> tuple[Tensor, ...]:
     """Launcher of `efrdn_fast::token_fold_backward`."""
-    n, c, height, width = grad.shape
     product = precision(grad, tf32)
     count = _overlaps(grad)
-    grad_x = empty_map(grad, c)
+    grad_x = empty_map(grad, grad.shape[1])
     grad_x.copy_(grad if mean else grad * count)
     tokens = readable(grad / count if mean else grad).to(grad.dtype)
-    outs = []
-    for rows, weight in ((a, proj_weight), (h, fc2_weight)):
-        out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-        launch(
-            _unfold_linear_kernel,
-            n * triton.cdiv(height * width, TILE),
-            *(tokens, weight.to(grad.dtype).contiguous(), out, height, width),
-            *map_strides(tokens),
-            **channel_tiles(grad),
-            M=rows.shape[2],
-            BLOCKS=width_blocks(rows.shape[2]),
-            PRECISION=product,
-            P=TILE,
-            **OPTIONS,
-        )
-        outs.append(out)
-    grad_fc2, grad_proj, total = weight_sums(
-        tokens, a.contiguous(), h.contiguous(), (None, None), None, None, True, product
+    outs = [
+        _unfold_linear(tokens, m.to(grad.dtype).contiguous(), *[None] * 5, product)
+        for m in (proj_weight, fc2_weight)
+    ]
+    grad_proj, total, grad_fc2, _ = outer_sums(
+        tokens, None, product, (None, a.contiguous(), 0), (None, h.contiguous(), 0)
     )
     return (
         *(grad_x, *outs, grad_proj.to(proj_weight.dtype), total.to(proj_bias.dtype)),

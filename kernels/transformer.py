@@ -124,9 +124,14 @@ def _config(op: str, x: Tensor, product: str) -> dict[str, Any]:
     if tuned is not None:
         return tuned
     single = x.dtype == torch.float32
-    # token_fold with two stages spills on sm_80.
+    # Each of these spills otherwise: token_fold with two stages on sm_80; token_hidden in three
+    # products with 64 tokens, which take more tensor memory than sm_100 has besides. Without
+    # `maxnreg` ptxas spills a few values so that one more block fits; with it, in the two cases
+    # that have none, it takes on more than fits.
     stages = 1 if single or op == "token_fold" else 2
-    config = {"P": 64, "num_warps": 4, "num_stages": stages}
+    split = op == "token_hidden" and product == "tf32x3"
+    config = {"P": 32 if split else 64, "num_warps": 4, "num_stages": stages}
+    config |= {} if split or (op == "token_fold" and not single) else {"maxnreg": 255}
     return config | ({"NB": width_limit(product)} if op == "token_qkv" else {})
 
 
@@ -206,6 +211,7 @@ def token_fold(
     x = readable(x)
     n, channels, height, width = x.shape
     product = precision(x, tf32)
+    limit = width_limit(product)
     config = _config("token_fold", x, product)
     out = empty_map(x, channels)
     launch(
@@ -217,9 +223,9 @@ def token_fold(
         *(height, width, *map_strides(x), *map_strides(out)),
         **channel_tiles(x),
         M=a.shape[2],
-        A_BLOCKS=width_blocks(a.shape[2]),
+        A_BLOCKS=width_blocks(a.shape[2], limit),
         L=h.shape[2],
-        BLOCKS=width_blocks(h.shape[2]),
+        BLOCKS=width_blocks(h.shape[2], limit),
         MEAN=mean,
         PRECISION=product,
         **config,

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux; it is not installed here")
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENS = "token_"
-"""Kernels around attention: only they may spill, or be missing but on these architectures."""
+"""Kernels around attention: only they may be missing, but not on these architectures."""
 TOKENS_COMPLETE = (80, 90)
 SAMPLE = (
     ("gcrb g=2 float32", 90),
@@ -82,9 +82,9 @@ def test_table_is_complete(table):
     ] == []
 
 
-def test_only_kernels_around_attention_spill(table):
-    spill = [name for (name, _), cells in table.items() if "spill" in "".join(cells.values())]
-    assert [name for name in spill if not name.startswith(TOKENS)] == []
+def test_one_kernel_spills(table):
+    spill = {(row[0], a) for row, cells in table.items() for a in cells if "spill" in cells[a]}
+    assert spill <= {("token_hidden float32 2/2", 90)}  # two instructions outside its loop
 
 
 @pytest.mark.parametrize(("name", "architecture"), SAMPLE)
