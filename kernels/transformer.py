@@ -129,9 +129,10 @@ def _config(op: str, x: Tensor, product: str) -> dict[str, Any]:
     # `maxnreg` ptxas spills a few values so that one more block fits; with it, in the two cases
     # that have none, it takes on more than fits.
     stages = 1 if single or op == "token_fold" else 2
-    split = op == "token_hidden" and product == "tf32x3"
-    config = {"P": 32 if split else 64, "num_warps": 4, "num_stages": stages}
-    config |= {} if split or (op == "token_fold" and not single) else {"maxnreg": 255}
+    tokens = 32 if op == "token_hidden" and product == "tf32x3" else 64
+    config = {"P": tokens, "num_warps": 4, "num_stages": stages}
+    free = (op == "token_hidden" and single) or (op == "token_fold" and not single)
+    config |= {} if free else {"maxnreg": 255}
     return config | ({"NB": width_limit(product)} if op == "token_qkv" else {})
 
 
