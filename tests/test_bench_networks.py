@@ -113,7 +113,8 @@ def test_train_bench_checks_the_gradient():
     case = bench_train.TrainCase(1, 16)
     for name in ("eager", "sdpa"):
         got = session.outcome(case, lambda: bench_train.subject(case, session), name)
-        assert got.status in ("measured", "noisy") and got.error < 1e-5
+        assert got.status in ("measured", "noisy")
+        assert 0 < got.error < bench_train.TOLERANCES["float32"]  # rounding flips single signs
 
 
 def test_ntire_takes_pictures_without_warm_up(monkeypatch, capsys):

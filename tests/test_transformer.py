@@ -149,7 +149,9 @@ def test_packed_block_takes_more_tokens_than_a_part():
     """On a CPU its Linear layers run over 2,048 tokens at a time, also across images."""
     module = block(32).eval()
     x = make_input((2, 32, 33, 35), layout="channels_last")
-    packed = PackedTransformer(module, Target(torch.float32, {"emha": "reference"}))
+    packed = PackedTransformer(
+        module, Target(torch.float32, {"emha": "reference", "unfold": "auto"})
+    )
     with torch.inference_mode():
         y = packed(x)
         assert_close_to_reference(y, plain(289), (x, *module.parameters()))
