@@ -110,11 +110,10 @@ def test_cases_are_ordered_by_size():
 
 def test_train_bench_checks_the_gradient():
     session = Session(CPU, seconds=0.01, results=None, only=("eager", "sdpa"))
-    case = bench_train.TrainCase(1, 16)
+    case = bench_train.TrainCase(1, 12)
     for name in ("eager", "sdpa"):
         got = session.outcome(case, lambda: bench_train.subject(case, session), name)
-        assert got.status in ("measured", "noisy")
-        assert 0 < got.error < bench_train.TOLERANCES["float32"]  # rounding flips single signs
+        assert got.status in ("measured", "noisy") and got.error < 1e-5
 
 
 def test_ntire_takes_pictures_without_warm_up(monkeypatch, capsys):

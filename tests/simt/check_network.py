@@ -38,10 +38,14 @@ def serve_cpu_tensors(library: str) -> None:
     dispatch.implementations = implementations
 
 
-def photos() -> Tensor:
-    """Two small parts of a photo, as a batch."""
+def photos(height: int, width: int) -> Tensor:
+    """Two small parts of a photo, as a batch.
+
+    At 4 x 5 pixels no ReLU or maximum lies so near its kink that rounding moves the gradients: with
+    all weights changed at random by 3e-7 of their size, those in float64 change by less than 1e-5.
+    """
     image = torch.from_numpy(np.array(Image.open(PHOTO).convert("RGB"))) / 255
-    parts = image[30:38, 30:39], image[50:58, 20:29]
+    parts = [image[y : y + height, x : x + width] for y, x in ((20, 60), (45, 35))]
     return torch.stack(parts).permute(0, 3, 1, 2)
 
 
@@ -63,7 +67,7 @@ def step(net: EFRDN, x: Tensor) -> tuple[list[Tensor], ...]:
 def check_inference(dtype: str, bound: float) -> None:
     net = EFRDN.from_pretrained("x4")
     fast = EFRDNFast.from_reference(net, backend="cuda", dtype=dtype)
-    x = photos()
+    x = photos(8, 9)
     with torch.no_grad():
         exact = copy.deepcopy(net).double()(x.double())
         found = fast(x)
@@ -74,11 +78,10 @@ def check_inference(dtype: str, bound: float) -> None:
 def check_training() -> None:
     net = EFRDN.from_pretrained("x4").train()
     fast = EFRDNFast.from_reference(copy.deepcopy(net), backend="cuda")
-    x = photos()
+    x = photos(4, 5)
     truth, plain, found = step(copy.deepcopy(net).double(), x), step(net, x), step(fast, x)
     names = ("output", "gradients", "statistics")
-    # A single ReLU or maximum that rounding flips moves the gradients by some 5e-3.
-    for name, bound, t, p, f in zip(names, (1e-6, 1e-2, 1e-6), truth, plain, found, strict=True):
+    for name, bound, t, p, f in zip(names, (1e-6, 1e-4, 1e-6), truth, plain, found, strict=True):
         allowed = 2 * error(p, t) + bound
         assert error(f, t) <= allowed, f"{name}: {error(f, t)} > {allowed}"
 
