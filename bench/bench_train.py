@@ -84,7 +84,7 @@ def subject(case: TrainCase, session: Session) -> Subject:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(case.batch, 3, case.patch, case.patch, generator=generator).to(device)
     side = 4 * case.patch
-    # Below every output: of an L1 loss the gradient is a sum of signs, which rounding must not flip.
+    # Below every output: L1's gradient is a sum of signs, which rounding must not flip.
     target = (torch.rand(case.batch, 3, side, side, generator=generator) - 2).to(device)
 
     def maker(name: str) -> Callable[[], Call]:
