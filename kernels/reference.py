@@ -52,7 +52,7 @@ def conv_backward(
         groups,
         [True, True, False],
     )
-    return grad_x, grad_weight
+    return grad_x, grad_weight.contiguous()  # oneDNN gives NHWC memory where the maps have it
 
 
 def _channel_sum(grad: Tensor, like: Tensor) -> Tensor:
