@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from .rungs import RUNGS
 __all__ = ["PAGES", "main", "render_page"]
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/benchmarks.md", "docs/training.md")
+PAGES = ("README.md", "docs/attention.md", "docs/benchmarks.md", "docs/training.md")
 BLOCK = re.compile(r"(<!-- bench: (.+?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -60,6 +60,10 @@ def _error(row: Mapping[str, Any]) -> str:
     return "" if row.get("error") is None else f"{row['error']:.1e}"
 
 
+def _memory(row: Mapping[str, Any]) -> str:
+    return "" if row["status"] == "noisy" else user_tables.memory(row.get("peak_mib"))
+
+
 COLUMNS: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
     "network": {
         "": lambda row: f"`{row['variant']}`",
@@ -73,6 +77,13 @@ COLUMNS: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
         "time": _time,
         "speed": _ratio,
         "share of the ceiling": _share,
+    },
+    "attention": {
+        "case": lambda row: row["case"],
+        "": lambda row: f"`{row['variant']}`",
+        "time": _time,
+        "speed": _ratio,
+        "memory": _memory,
     },
     "peers": {
         "": lambda row: row["variant"],
@@ -123,8 +134,7 @@ def table(kind: str, device: str, op: str, case: str) -> str:
     columns = COLUMNS[kind]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
-    runs = [stored["runs"][name] for name in dict.fromkeys(row["run"] for row in rows)]
-    about = "; ".join(dict.fromkeys(_about(run) for run in runs))
+    about = _about([stored["runs"][name] for name in dict.fromkeys(row["run"] for row in rows)])
     if any(row["variant"] == row["baseline"] for row in rows):
         about += f". Speed: paired ratio to `{rows[0]['baseline']}` with its interval"
     return "\n".join([*lines, "", f"{about} ([figures]({{up}}{_relative(path)}))."]) + "\n"
@@ -141,9 +151,27 @@ def _place(row: Mapping[str, Any]) -> tuple:
     return natural, row["dtype"] if name not in RUNGS else "", rank, name, row.get("mode") or ""
 
 
-def _about(run: Mapping[str, Any]) -> str:
-    versions = run["versions"]
-    return f"{run['device']}, {run['isa']}, torch {versions['torch']}, revision {run['revision']}"
+def _about(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Devices and versions, each with its revisions, nothing twice."""
+    found: dict[str, dict[str, set[bool]]] = {}
+    for run in runs:
+        machine = f"{run['device']}, {run['isa']}, torch {run['versions']['torch']}"
+        commit = run["revision"] or "unknown"
+        changed = found.setdefault(machine, {}).setdefault(commit.removesuffix("+"), set())
+        changed.add(commit.endswith("+"))
+    return "; ".join(
+        f"{machine}, revision{'s' * (len(commits) > 1)} "
+        + ", ".join(commit + _CHANGED[frozenset(changed)] for commit, changed in commits.items())
+        for machine, commits in found.items()
+    )
+
+
+_CHANGED = {
+    frozenset({False}): "",
+    frozenset({True}): "+",
+    frozenset({False, True}): " (partly +)",
+}
+"""Whether the rows of a commit are of code with changes to it -> what stands behind its name."""
 
 
 def _relative(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Tables of weights, recipe and ablations for README and docs, from the results files."""
+"""Tables of weights, segments, recipe and ablations for README and docs, from the results files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from efrdn_fast.tables import paper_tables
 
 from . import records
 
-__all__ = ["TABLES", "ablation", "recipe", "weights"]
+__all__ = ["TABLES", "ablation", "recipe", "segment_psnr", "weights"]
 
 SETS = ("Set5", "Set14", "BSD100")
 SCALES = (4, 3, 2)
@@ -65,6 +65,34 @@ def weights(device: str, peers: str) -> str:
     return "\n".join([*lines, "", f"By `efrdn eval`: {links}."]) + "\n"
 
 
+def segment_psnr(device: str, form: str) -> str:
+    """PSNR at x4 with four segments and with segments of 576 tokens, of the same weights.
+
+    Args:
+        form: "short" (one sentence) or "*" (a table).
+    """
+    names = "eval_x4", "eval_x4_segments"
+    networks = [(records.read(device, name) or {}).get("scales", {}).get("x4") for name in names]
+    for name, network in zip(names, networks, strict=True):
+        if network is None:
+            return records.missing(device, name)
+    if len({network["network"]["sha256"] for network in networks}) > 1:
+        return f"Not measured: {' and '.join(names)} on {device} are of different weights.\n"
+    rows = []
+    for name in SETS:
+        pair = [network["sets"].get(name) for network in networks]
+        if all(found and found["whole"] for found in pair):
+            rows.append((name, *(found["model"]["psnr"] for found in pair)))
+    links = ", ".join(f"[{name}]({{up}}bench/results/{device}/{name}.json)" for name in names)
+    if form == "short":
+        changes = " / ".join(f"{after - before:+.3f}" for _, before, after in rows)
+        sets = " / ".join(name for name, *_ in rows)
+        return f"With segments of 576 tokens PSNR changes by {changes} dB on {sets} ({links}).\n"
+    lines = ["| PSNR, x4 | four segments | 576 tokens | change |", "|" + "---|" * 4]
+    lines += [f"| {n} | {a:.3f} dB | {b:.3f} dB | {b - a:+.3f} dB |" for n, a, b in rows]
+    return "\n".join([*lines, "", f"By `efrdn eval`: {links}."]) + "\n"
+
+
 def recipe(device: str, _: str) -> str:
     """PSNR of every choice of the recipe, and its difference to the first base."""
     stored = records.read(device, "recipe")
@@ -92,5 +120,10 @@ def ablation(device: str, _: str) -> str:
     return f"```text\n{ablation_tables(rows)}\n```\n"
 
 
-TABLES = {"weights": weights, "recipe": recipe, "ablation": ablation}
+TABLES = {
+    "weights": weights,
+    "segment_psnr": segment_psnr,
+    "recipe": recipe,
+    "ablation": ablation,
+}
 """Name in a page's marker -> its table, of a device and the marker's last word."""

@@ -7,14 +7,15 @@ from typing import Any
 
 from . import records
 
-__all__ = ["TABLES", "foundation", "segments"]
+__all__ = ["TABLES", "foundation", "memory", "segments"]
 
 
 def _seconds(value: float) -> str:
     return f"{value / 60:.1f} min" if value >= 120 else f"{value:.3g} s"
 
 
-def _memory(mib: float | None) -> str:
+def memory(mib: float | None) -> str:
+    """MiB, from 1,024 on in GiB; empty where there is no figure."""
     if mib is None:
         return ""
     return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
@@ -38,10 +39,10 @@ def segments(device: str, _: str) -> str:
 def _cells(row: dict[str, Any] | None) -> str:
     if row is None:
         return "not measured | "
-    time, memory = _seconds(row["seconds"]), _memory(row["peak_mib"])
+    time, held = _seconds(row["seconds"]), memory(row["peak_mib"])
     if row["source"] == "modelled":
-        return f"*{time}, modelled* | *{memory}*"
-    return f"{time} | {memory}"
+        return f"*{time}, modelled* | *{held}*"
+    return f"{time} | {held}"
 
 
 def foundation(device: str, _: str) -> str:

@@ -286,6 +286,23 @@ def test_report_makes_tables_from_results(tmp_path, monkeypatch):
         report.render_page(page.replace("network", "networks"), "")
 
 
+def test_sources_of_a_table_are_named_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    run = {"device": "Some CPU", "isa": "AVX2", "versions": {"torch": "2.11"}}
+    names = ("one", "two", "three", "four", "five")
+    for name, revision in zip(names, ("abc", "abc+", "def+", "abc", ""), strict=True):
+        memory = {"peak_mib": 4.4, **times(1, 1, 1), "baseline": "none"}
+        Store(tmp_path / "cpu-x", "a").add(
+            [{**row(name, **memory), "status": "noisy" if name == "two" else "measured"}],
+            {**run, "revision": revision, "date": name},
+        )
+    text = report.table("attention", "cpu-x", "a", "*")
+    source = "Some CPU, AVX2, torch 2.11, revisions "
+    assert f"\n{source}unknown, abc (partly +), def+ (" in text and text.count("Some CPU") == 1
+    assert "| c | `one` | 1 ms |  | 4 MiB |" in text
+    assert "| c | `two` | noisy |  |  |" in text
+
+
 def test_tables_of_what_users_call(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     (tmp_path / "cpu-x").mkdir()

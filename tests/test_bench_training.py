@@ -48,6 +48,26 @@ def test_table_of_weights(results):
     assert "self-ensemble" in text and "LBNet, published" in text
 
 
+def test_psnr_with_other_segments(results):
+    """Change on the whole sets, as a table and as a sentence; of the same weights only."""
+
+    def evaluation(psnr, weights):
+        sets = {name: {"whole": True, "model": {"psnr": psnr}} for name in ("Set5", "Set14")}
+        sets["BSD100"] = {"whole": False, "model": {"psnr": psnr}}
+        return {"scales": {"x4": {"network": {"sha256": weights}, "sets": sets}}}
+
+    results("eval_x4", evaluation(31.0, "a"))
+    missing = "no results of `eval_x4_segments` on cpu-x"
+    assert missing in training_tables.segment_psnr("cpu-x", "short")
+    results("eval_x4_segments", evaluation(30.9876, "a"))
+    text = report.table("segment_psnr", "cpu-x", "eval", "*")
+    assert "| Set14 | 31.000 dB | 30.988 dB | -0.012 dB |" in text and "BSD100" not in text
+    text = training_tables.segment_psnr("cpu-x", "short")
+    assert "changes by -0.012 / -0.012 dB on Set5 / Set14 " in text
+    results("eval_x4_segments", evaluation(30.9876, "b"))
+    assert "are of different weights" in training_tables.segment_psnr("cpu-x", "*")
+
+
 def test_tables_of_recipe_and_ablations(results):
     run = {"device": "X", "versions": {"torch": "2"}, "revision": "abc"}
     rows = [("base", 25.0), ("peak rate 4e-4", 24.5)]
