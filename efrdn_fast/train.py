@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .data import Patches, build_cache, find_images, loader, split_validation
+from .data import ImageCache, Patches, build_cache, find_images, loader, split_validation
 from .distributed import World, process_group
 from .fast import accelerate
 from .model import EFRDN
@@ -63,8 +63,9 @@ def train(
     Raises:
         FileNotFoundError: No images, or no state at `resume`.
         ValueError: Options differ from those of the state, or no image is large enough.
-        RuntimeError: The loss stayed non-finite; the last good checkpoint is kept.
-        KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and saved first.
+        RuntimeError: The run diverged or ended in steps that were not finite; the last good
+            checkpoint is kept.
+        KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and, when finite, saved.
     """
     with process_group(run.device) as world:
         return _train(data, options, run, resume, world)
@@ -109,6 +110,8 @@ def _train(
     if run.compile:
         trainer.forward = torch.compile(trainer.forward)
     session = _Session(trainer, run, cache, val_cache, data)
+    if resumed and state == out / "state.pt":
+        session.saved = trainer.step
     try:
         if options.fit_tails and not resumed:
             # From samples that no step of the run draws.
@@ -179,12 +182,20 @@ def _gpu_use(device: torch.device) -> dict[str, int]:
 class _Session:
     """One invocation of `train`: log, validation, checkpoints, progress."""
 
-    def __init__(self, trainer, run, cache, val_cache, data):
+    def __init__(
+        self,
+        trainer: Trainer,
+        run: RunOptions,
+        cache: ImageCache,
+        val_cache: ImageCache | None,
+        data: Sequence[str | os.PathLike],
+    ):
         self.trainer, self.run, self.cache, self.val_cache = trainer, run, cache, val_cache
         self.out, self.started = Path(run.out), time.monotonic()
         self.writer = _writer(run) if trainer.world.is_first else None
         self.data = [Path(d).name for d in data]
         self.psnr: float | None = None
+        self.saved: int | None = None  # step of the checkpoint in `out`, when it is of this run
 
     @property
     def judged(self) -> EFRDN:
@@ -208,10 +219,21 @@ class _Session:
         }
 
     def save(self) -> None:
-        if self.trainer.world.is_first:
-            self.trainer.save(self.out, self.record())
+        """Replace the checkpoint, unless the weights are not finite, which is an error."""
+        trainer = self.trainer
+        if not trainer.is_finite():
+            raise RuntimeError(f"weights are not finite after step {trainer.step}; {self.kept()}")
+        if trainer.world.is_first:
+            trainer.save(self.out, self.record())
+        self.saved = trainer.step
 
-    def log(self, **row) -> None:
+    def kept(self) -> str:
+        """What is left of a run that goes wrong, in words."""
+        if self.saved is None:
+            return "no checkpoint was written; try a lower lr or grad_clip"
+        return f"the last good checkpoint (step {self.saved}) is kept"
+
+    def log(self, **row: float | None) -> None:
         if not self.trainer.world.is_first:
             return
         row = {"step": self.trainer.step, **row}
@@ -219,12 +241,17 @@ class _Session:
             file.write(json.dumps(row) + "\n")
         if self.writer:
             for name, value in row.items():
-                self.writer.add_scalar(name, value, self.trainer.step)
+                if value is not None:
+                    self.writer.add_scalar(name, value, self.trainer.step)
 
-    def loop(self, batches, stop: Sequence[int] = ()) -> None:
-        """Train on `batches` until they end, time is up or `stop` is not empty; then save."""
+    def loop(self, batches: Iterable, stop: Sequence[int] = ()) -> None:
+        """Train on `batches` until they end, time is up or `stop` is not empty; then save.
+
+        Nothing is saved inside a streak of bad steps, for the weights may be what made them bad;
+        a checkpoint that falls due there is written after the first good step.
+        """
         trainer, run, total = self.trainer, self.run, self.trainer.options.total_iter
-        saved, losses, tick, stopped = trainer.step, [], time.monotonic(), 0.0
+        losses, tick, stopped, due = [], time.monotonic(), 0.0, False
         timed = _Timed(batches)
         off = None if trainer.world.is_first else True
         bar = tqdm(total=total, initial=trainer.step, unit="step", smoothing=0.05, disable=off)
@@ -235,18 +262,19 @@ class _Session:
                 if trainer.bad_streak >= BAD_STEPS_LIMIT:
                     raise RuntimeError(
                         f"loss or gradient not finite {BAD_STEPS_LIMIT} steps in a row, up to step "
-                        f"{trainer.step}; {self.out} keeps the last good checkpoint (step {saved})"
+                        f"{trainer.step}; {self.kept()}"
                     )
                 if trainer.step % 100 == 0 or trainer.step == total:
                     seconds, tick = time.monotonic() - tick, time.monotonic()
                     good = [x for x in losses if math.isfinite(x)]
-                    loss = sum(good) / max(1, len(good))
+                    loss = sum(good) / len(good) if good else None
                     self.log(
                         **{"loss": loss, "skipped": trainer.skipped},
                         **{"steps_per_s": len(losses) / seconds, "data_s": timed.waited},
                         **_gpu_use(trainer.device),
                     )
-                    bar.set_postfix(loss=f"{loss:.4f}", psnr=self.psnr and f"{self.psnr:.2f}")
+                    shown = "none" if loss is None else f"{loss:.4f}"
+                    bar.set_postfix(loss=shown, psnr=self.psnr and f"{self.psnr:.2f}")
                     losses, timed.waited = [], 0.0
                 if self.val_cache and (trainer.step % run.val_freq == 0 or trainer.step == total):
                     self.psnr = validate(
@@ -255,16 +283,25 @@ class _Session:
                     )
                     self.log(psnr_db=self.psnr)
                     tick = time.monotonic()
-                if trainer.step % run.save_freq == 0 or trainer.step == total:
+                due = due or trainer.step % run.save_freq == 0
+                if due and not trainer.bad_streak:
                     self.save()
-                    saved = trainer.step
+                    due = False
                 late = run.minutes and time.monotonic() - self.started > 60 * run.minutes
                 stopped, ended = trainer.world.total(bool(stop), bool(late))
                 if stopped or ended:
                     break
         finally:
             bar.close()
-        if saved != trainer.step and not trainer.bad_streak:
+        if trainer.bad_streak:
+            message = (
+                f"loss and gradient were last finite at step {trainer.step - trainer.bad_streak} "
+                f"of {trainer.step}, so the end is not saved; {self.kept()}"
+            )
+            if not stopped:
+                raise RuntimeError(message)
+            warnings.warn(message)
+        elif self.saved != trainer.step:
             self.save()
         if stopped:
             raise KeyboardInterrupt

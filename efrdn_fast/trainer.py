@@ -94,7 +94,8 @@ class Trainer:
     def train_step(self, lr_uint8: Tensor, hr_uint8: Tensor) -> float:
         """One optimizer step on (this process's share of) a uint8 batch; returns the loss.
 
-        A step whose loss or gradient is not finite changes nothing but the step counter.
+        A step whose loss or gradient is not finite changes nothing but the step counter, and
+        `bad_streak` counts such steps in a row.
         """
         options = self.options
         x = lr_uint8.to(self.device, non_blocking=True).float().div_(255)
@@ -118,12 +119,16 @@ class Trainer:
         value, length = (x / self.world.size for x in self.world.total(loss.item(), norm.item()))
         if not math.isfinite(value) or not math.isfinite(length):
             with torch.no_grad():
-                for buffer, value in zip(self.net.buffers(), before, strict=True):
-                    buffer.copy_(value)
+                for buffer, kept in zip(self.net.buffers(), before, strict=True):
+                    buffer.copy_(kept)
+            self.skipped += 1
+            # Loss scaling overflows now and then by design, and halves its scale; that is no sign
+            # against the weights as long as there is a scale to halve.
+            scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+            if not (scaled and math.isfinite(value)):
+                self.bad_streak += 1
             if self.scaler.is_enabled():
                 self.scaler.update()
-            self.skipped += 1
-            self.bad_streak += 1
             return math.nan
         self.bad_streak = 0
         self.scaler.step(self.optimizer)
@@ -134,6 +139,11 @@ class Trainer:
     def averaged(self) -> EFRDN:
         """The averaged network (not a copy)."""
         return self.ema.module
+
+    def is_finite(self) -> bool:
+        """Whether all weights and statistics, averaged or not, are finite."""
+        tensors = [*self.net.state_dict().values(), *self.averaged().state_dict().values()]
+        return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
     def save(self, folder: Path, record: dict) -> None:
         """Write `state.pt` (to resume) and `net.safetensors` (averaged weights), atomically."""

@@ -1,4 +1,4 @@
-"""Training: exact resume after any end, atomic checkpoints, bad steps, bad options."""
+"""Training: exact resume after any end, atomic checkpoints, bad options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from efrdn_fast import checkpoint
@@ -21,43 +20,18 @@ from efrdn_fast.model import EFRDN
 from efrdn_fast.options import PRESETS, RunOptions, TrainOptions
 from efrdn_fast.train import Trainer, _gpu_use, train
 from efrdn_fast.warmstart import fit_tails
-
-# Without FFLB a step takes a quarter of the time; the trainer does not see the difference.
-TINY = {
-    "ablation": "no_fflb",
-    "patch_size": 6,
-    "batch_size": 2,
-    "total_iter": 6,
-    "lr": 1e-3,
-    "warmup": 1,
-    "grad_clip": 1,
-}
+from tests.training_runs import TINY, assert_same_weights, run_options, write_photos
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(3):
-        coarse = rng.integers(0, 256, (6, 8, 3), np.uint8)
-        Image.fromarray(coarse).resize((64, 48), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-    return folder
-
-
-def run_options(out, **changes):
-    return RunOptions(out=str(out), tensorboard=False, save_freq=2, val_freq=3, **changes)
+    return write_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")
 def unbroken(photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken")
     return load_file(train([photos], TrainOptions(**TINY), run_options(out)))
-
-
-def assert_same_weights(state, expected):
-    assert state.keys() == expected.keys()
-    different = [k for k in state if not torch.equal(state[k], expected[k])]
-    assert not different
 
 
 def command(photos, out, *extra):
@@ -269,19 +243,6 @@ def test_loss_falls_and_average_follows(photos):
     assert losses[-1] < 0.8 * losses[0]
     own, mean = trainer.net.state_dict(), trainer.averaged().state_dict()
     assert any(not torch.equal(own[k], mean[k]) for k in own)
-
-
-def test_non_finite_step_changes_nothing_and_a_streak_ends_the_run(photos, tmp_path, monkeypatch):
-    trainer = Trainer(TrainOptions(**TINY))
-    before = {k: v.clone() for k, v in trainer.net.state_dict().items()}
-    monkeypatch.setattr(Trainer, "loss", lambda self, sr, hr: sr.sum() * float("nan"))
-    batch = torch.zeros(2, 3, 6, 6, dtype=torch.uint8), torch.zeros(2, 3, 24, 24, dtype=torch.uint8)
-    assert np.isnan(trainer.train_step(*batch))
-    assert trainer.skipped == 1
-    assert_same_weights(trainer.net.state_dict(), before)
-    monkeypatch.setattr("efrdn_fast.train.BAD_STEPS_LIMIT", 3)
-    with pytest.raises(RuntimeError, match="not finite 3 steps in a row"):
-        train([photos], TrainOptions(**TINY), run_options(tmp_path))
 
 
 def test_full_disk_keeps_the_previous_checkpoint(photos, tmp_path, monkeypatch):

@@ -1,0 +1,201 @@
+"""Training that goes wrong: bad steps, divergence, what is kept then."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from efrdn_fast.cli import main
+from efrdn_fast.options import TrainOptions
+from efrdn_fast.train import Trainer, train
+from tests.training_runs import TINY, assert_same_weights, run_options, write_photos
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def bad_steps(monkeypatch):
+    """Call it with the steps (1-based) whose loss shall be NaN from then on."""
+    loss = Trainer.loss
+
+    def choose(*steps):
+        def broken(self, sr, hr):
+            return loss(self, sr, hr) * (float("nan") if self.step + 1 in steps else 1)
+
+        monkeypatch.setattr(Trainer, "loss", broken)
+
+    return choose
+
+
+def contents(out):
+    return {name: (out / name).read_bytes() for name in ("state.pt", "net.safetensors")}
+
+
+def saved_step(out):
+    return torch.load(out / "state.pt", weights_only=True)["step"]
+
+
+def flags(**options):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, **options}.items()]
+
+
+def efrdn_train(photos, out, **options):
+    """Exit status of `efrdn train` in this process."""
+    return main(["train", str(photos), f"--out={out}", "--no-tensorboard", *flags(**options)])
+
+
+def batch():
+    return torch.zeros(2, 3, 6, 6, dtype=torch.uint8), torch.zeros(2, 3, 24, 24, dtype=torch.uint8)
+
+
+def test_non_finite_step_changes_nothing_and_a_streak_ends_the_run(
+    photos, tmp_path, bad_steps, monkeypatch
+):
+    bad_steps(*range(1, 7))
+    trainer = Trainer(TrainOptions(**TINY))
+    before = {k: v.clone() for k, v in trainer.net.state_dict().items()}
+    assert np.isnan(trainer.train_step(*batch()))
+    assert trainer.skipped == 1
+    assert_same_weights(trainer.net.state_dict(), before)
+    monkeypatch.setattr("efrdn_fast.train.BAD_STEPS_LIMIT", 3)
+    with pytest.raises(RuntimeError, match=r"not finite 3 steps in a row.*no checkpoint was"):
+        train([photos], TrainOptions(**TINY), run_options(tmp_path))
+    assert not (tmp_path / "state.pt").exists()
+
+
+def test_streak_leaves_the_last_good_checkpoint_and_resumes_from_it(
+    photos, tmp_path, bad_steps, monkeypatch
+):
+    options = TrainOptions(**TINY)
+    monkeypatch.setattr("efrdn_fast.train.BAD_STEPS_LIMIT", 3)
+    bad_steps(4, 5, 6)
+    with pytest.raises(RuntimeError, match=r"3 steps in a row, up to step 6.*\(step 2\) is kept"):
+        train([photos], options, run_options(tmp_path))
+    kept = contents(tmp_path)
+    assert saved_step(tmp_path) == 2
+    with pytest.raises(RuntimeError, match=r"up to step 6.*\(step 2\) is kept"):
+        train([photos], options, run_options(tmp_path, save_freq=1000))
+    assert contents(tmp_path) == kept
+    bad_steps()
+    resumed = load_file(train([photos], options, run_options(tmp_path)))
+    unbroken = train([photos], options, run_options(tmp_path / "unbroken"))
+    assert_same_weights(resumed, load_file(unbroken))
+
+
+def test_run_whose_last_steps_are_bad_fails_and_keeps_the_checkpoint(
+    photos, tmp_path, bad_steps, capsys
+):
+    bad_steps(5, 6)
+    assert efrdn_train(photos, tmp_path, save_freq=4) == 1
+    kept = contents(tmp_path)
+    assert saved_step(tmp_path) == 4
+    capsys.readouterr()
+    assert efrdn_train(photos, tmp_path, save_freq=1) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "last finite at step 4 of 6" in error
+    assert error.endswith("the last good checkpoint (step 4) is kept")
+    assert contents(tmp_path) == kept
+
+
+def test_run_that_time_ends_at_a_bad_step_fails_and_keeps_the_checkpoint(
+    photos, tmp_path, bad_steps
+):
+    bad_steps(2)
+    train([photos], TrainOptions(**TINY), run_options(tmp_path, minutes=1e-9))
+    kept = contents(tmp_path)
+    with pytest.raises(RuntimeError, match=r"last finite at step 1 of 2.*\(step 1\) is kept"):
+        train([photos], TrainOptions(**TINY), run_options(tmp_path, minutes=1e-9, save_freq=1))
+    assert contents(tmp_path) == kept
+
+
+def test_stop_at_a_bad_step_says_that_it_is_not_saved(photos, tmp_path, bad_steps, monkeypatch):
+    step = Trainer.train_step
+
+    def stopping(self, lr, hr):
+        value = step(self, lr, hr)
+        if self.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return value
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+    bad_steps(3)
+    with (
+        pytest.warns(UserWarning, match=r"not saved; the last good checkpoint \(step 2\) is kept"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        train([photos], TrainOptions(**TINY), run_options(tmp_path))
+    assert saved_step(tmp_path) == 2
+
+
+def test_checkpoint_due_at_a_bad_step_is_written_after_the_next_good_one(
+    photos, tmp_path, bad_steps, monkeypatch
+):
+    bad_steps(2)
+    unbroken = load_file(train([photos], TrainOptions(**TINY), run_options(tmp_path / "a")))
+    step = Trainer.train_step
+
+    def killed(self, lr, hr):
+        if self.step == 3:
+            raise MemoryError
+        return step(self, lr, hr)
+
+    monkeypatch.setattr(Trainer, "train_step", killed)
+    with pytest.raises(MemoryError):
+        train([photos], TrainOptions(**TINY), run_options(tmp_path / "b"))
+    assert saved_step(tmp_path / "b") == 3
+    monkeypatch.setattr(Trainer, "train_step", step)
+    resumed = load_file(train([photos], TrainOptions(**TINY), run_options(tmp_path / "b")))
+    assert_same_weights(resumed, unbroken)
+    assert torch.load(tmp_path / "b" / "state.pt", weights_only=True)["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [
+        (1e30, "not finite 20 steps in a row"),
+        (1e38, "weights are not finite after step 1"),
+    ],
+)
+def test_diverged_weights_are_never_saved(photos, tmp_path, capsys, lr, message):
+    changes = {"lr": lr, "total_iter": 30, "save_freq": 1 if lr > 1e37 else 2}
+    assert efrdn_train(photos, tmp_path, **changes) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error and "no checkpoint was written" in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache"]
+
+
+def test_loss_of_a_window_without_a_good_step_is_null(photos, tmp_path, bad_steps):
+    bad_steps(1, 2)
+    options = TrainOptions(**{**TINY, "total_iter": 2})
+    with pytest.raises(RuntimeError, match="last finite at step 0 of 2"):
+        train([photos], options, run_options(tmp_path, tensorboard=True))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if "loss" in row]
+    assert row["loss"] is None and row["skipped"] == 2
+
+
+def test_overflow_of_the_loss_scale_is_no_streak_until_the_scale_is_used_up(monkeypatch):
+    trainer = Trainer(TrainOptions(**TINY))
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    # A finite loss whose gradient is not.
+    monkeypatch.setattr(Trainer, "loss", lambda self, sr, hr: (sr - sr.detach()).sum().sqrt())
+    assert np.isnan(trainer.train_step(*batch()))
+    assert (trainer.skipped, trainer.bad_streak, trainer.scaler.get_scale()) == (1, 0, 1.0)
+    assert np.isnan(trainer.train_step(*batch()))
+    assert (trainer.skipped, trainer.bad_streak) == (2, 1)
+
+
+def test_resume_from_another_folder_leaves_a_checkpoint_in_its_own(photos, tmp_path):
+    options = TrainOptions(**{**TINY, "total_iter": 1, "warmup": 0})
+    first = train([photos], options, run_options(tmp_path / "a"))
+    state = str(tmp_path / "a" / "state.pt")
+    second = train([photos], options, run_options(tmp_path / "b"), resume=state)
+    assert_same_weights(load_file(second), load_file(first))
