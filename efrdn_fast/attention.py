@@ -95,6 +95,8 @@ def _segment_length(op: str, tokens: int, segment_tokens: int | None, segments: 
 
 
 def _tf32(x: Tensor, asked: bool | None) -> bool:
+    if asked is not None and not isinstance(asked, bool):
+        raise TypeError(f"emha: tf32 must be True, False or None, got {asked!r}")
     if x.device.type != "cuda" or x.dtype != torch.float32:
         return False
     return matmul_tf32() if asked is None else asked

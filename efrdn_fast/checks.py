@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import dispatch
 
@@ -16,9 +17,11 @@ __all__ = [
     "check_map",
     "check_rank",
     "check_running",
+    "check_separate",
     "check_slice",
     "check_squeeze",
     "check_tensor",
+    "check_tensors",
     "check_weights",
 ]
 
@@ -28,6 +31,14 @@ DTYPES = (*dispatch.HALF_OR_SINGLE, torch.float64)
 def check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {value.layout}")
+    # What has no rule for it, PyTorch would drop without a word.
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{op}: {name} has a forward-mode derivative, which the fused ops do not carry; "
+            "compute it with efrdn_fast.reference, or take gradients backwards"
+        )
 
 
 def check_rank(op: str, name: str, weight: Tensor, dims: str) -> None:
@@ -78,9 +89,28 @@ def check_weights(op: str, x: Tensor, **weights: tuple[Tensor, tuple[int, ...]])
             )
 
 
+def check_separate(op: str, name: str, out: Tensor, x: Tensor) -> None:
+    """`out` can be written while `x` is read; a trace, which has no memory, is not looked at."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._debug_has_internal_overlap(out) == 1:
+        raise ValueError(f"{op}: {name} must not be expanded, several of its values are one")
+    if torch._C._overlaps(x, out):
+        raise ValueError(f"{op}: {name} must not share memory with x, which is read meanwhile")
+
+
+def check_tensors(op: str, name: str, values: object, count: int, what: str = "tensors") -> None:
+    """A list or tuple of `count` tensors."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{op}: {name} must be a list of {what}, got {type(values).__name__}")
+    if len(values) != count:
+        raise ValueError(f"{op}: {name} must be {count} {what}, got {len(values)}")
+
+
 def check_int(op: str, name: str, value: object) -> None:
     """A whole number, also one that a trace keeps open."""
-    if not isinstance(value, (int, torch.SymInt)) and not hasattr(value, "__index__"):
+    whole = isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")
+    if not whole or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {value!r}")
 
 
@@ -106,6 +136,9 @@ def check_batch_norm(op: str, x: Tensor, momentum: float, eps: float) -> None:
             f"{op}: x must hold more than one value per channel for batch statistics, "
             f"got {list(x.shape)}"
         )
+    for name, value in (("momentum", momentum), ("eps", eps)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{op}: {name} must be a number, got {value!r}")
     if not 0 <= momentum <= 1:
         raise ValueError(f"{op}: momentum must be 0 to 1, got {momentum}")
     if not eps > 0:

@@ -5,8 +5,8 @@ A network in evaluation mode, called without gradients, runs on weights packed f
 and again as soon as a parameter or running statistic has changed; they are never saved, copied or
 pickled. Where gradients or the statistics of a batch are asked for, forward and backward run on
 fused ops (see `fast_training`), as they do where the call is recorded: by `torch.compile`,
-`torch.export`, or a dispatch mode such as the FLOP counter. `torch.jit.trace` and tensors of other
-classes take the forward of EFRDN itself.
+`torch.export`, or a dispatch mode such as the FLOP counter. `torch.jit.trace`, transforms of
+`torch.func`, forward-mode derivatives and other classes of tensors take the forward of EFRDN.
 
 With EFRDN_FAST_CUDA_GRAPHS=1 a shape that comes again on a GPU is replayed as a CUDA graph (see
 `graphs`), unless the call is itself being captured. Off by default: no GPU has run it yet.
@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import attention, dispatch, env, graphs
@@ -98,9 +100,7 @@ class EFRDNFast(EFRDN):
         if x.dtype == torch.uint8:
             return self._bytes(x)
         recorded = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-        if x.device.type == "meta" or (
-            not recorded and (torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter))
-        ):
+        if x.device.type == "meta" or (not recorded and _needs_plain(x)):
             return super().forward(x)
         check_input(x)
         self._check_fit(x)
@@ -293,6 +293,25 @@ def _sharing(cls: type[EFRDN], net: EFRDN) -> EFRDN:
         if key not in ("_packed", "_overflowed", "backend", "dtype"):
             other.__dict__[key] = value.copy() if isinstance(value, (dict, set)) else value
     return other
+
+
+def _needs_plain(x: Tensor) -> bool:
+    """What only the forward of EFRDN serves; an empty batch among it."""
+    other = type(x) not in (Tensor, nn.Parameter) or 0 in x.shape[:1]
+    forward_mode = forward_ad._current_level >= 0
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return other or forward_mode or transformed or torch.jit.is_tracing()
+
+
+def _count_fused_step(optimizer: torch.optim.Optimizer, *call) -> None:
+    """Fused optimizers write parameters without counting the change, by which weights are stale."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            changed = [p for p in group["params"] if p.grad is not None]
+            torch.autograd.graph.increment_version(changed)
+
+
+register_optimizer_step_post_hook(_count_fused_step)
 
 
 def _not_finite(y: Tensor) -> Tensor:

@@ -25,8 +25,10 @@ from .checks import (
     check_map,
     check_rank,
     check_running,
+    check_separate,
     check_slice,
     check_squeeze,
+    check_tensors,
     check_weights,
 )
 from .fusion import calibrate, merge3x3, sigmoid_gate
@@ -111,8 +113,7 @@ def gcrb_chain(
         The results of the first, second and third, `[N, C, H, W]` each, dtype of `x`.
     """
     op = "gcrb_chain"
-    if len(params) != 18:
-        raise ValueError(f"{op}: params must be 18 tensors, six for each GCRB, got {len(params)}")
+    check_tensors(op, "params", params, 18, "tensors, six for each GCRB")
     channels, mid = check_squeeze(op, x, params[0], groups, "params[0] (w1)")
     shapes = list(_gcrb_shapes(channels, mid, groups).items())
     for i, param in enumerate(params):
@@ -178,8 +179,7 @@ def gcrb_train(
     if running_mean is not None:
         widths = (mid, mid, channels)
         for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-            if len(running) != 3:
-                raise ValueError(f"gcrb_train: {name} must be three tensors, got {len(running)}")
+            check_tensors("gcrb_train", name, running, 3)
             for i, (each, width) in enumerate(zip(running, widths, strict=True)):
                 check_weights("gcrb_train", x, **{f"{name}[{i}]": (each, (width,))})
     backend = dispatch.choose("gcrb_train", backend, x)
@@ -258,6 +258,7 @@ def acrb_out(
                 )
     n, _, h, w = x.shape
     check_like("acrb_out", "out", out, (n, out.shape[1], h, w), x)
+    check_separate("acrb_out", "out", out, x)
     check_slice("acrb_out", "out_start", out_start, weight.shape[0], out.shape[1])
     _ops.acrb_out(x, weight, bias, start, out, out_start, dispatch.choose("acrb_out", backend, x))
     return out
@@ -341,7 +342,7 @@ def _merged_conv(
     cin = weight.shape[1]
     backend = dispatch.choose("conv3x3", backend, x)
     sources = [x if cin == x.shape[1] else x.narrow(1, start, cin)]
-    return _ops.conv3x3(sources, weight, bias, None, 1, False, False, backend, taps=15)
+    return _ops.conv3x3(list(sources), weight, bias, None, 1, False, False, backend, taps=15)
 
 
 def conv3x3(
@@ -371,7 +372,9 @@ def conv3x3(
         `[N, Cout, H, W]`, dtype of the maps. Differentiable once in every tensor.
     """
     op = "conv3x3"
-    sources = [xs] if isinstance(xs, Tensor) else list(xs)
+    sources = [xs] if isinstance(xs, Tensor) else xs
+    if not isinstance(sources, (list, tuple)):
+        raise TypeError(f"{op}: xs must be a map or a list of maps, got {type(xs).__name__}")
     if not sources:
         raise ValueError(f"{op}: xs must hold at least one map, got none")
     first = sources[0]
@@ -394,4 +397,4 @@ def conv3x3(
     if residual is not None:
         check_like(op, "residual", residual, (n, cout, h, w), first)
     backend = dispatch.choose(op, backend, first)
-    return _ops.conv3x3(sources, weight, bias, residual, groups, relu, interleaved, backend)
+    return _ops.conv3x3(list(sources), weight, bias, residual, groups, relu, interleaved, backend)

@@ -8,7 +8,7 @@ has no packed form runs as the module it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +44,8 @@ class Target:
 
     dtype: torch.dtype
     """Of the maps between head and tails."""
-    plan: Mapping[str, str]
-    """Op -> backend."""
+    plan: dict[str, str]
+    """Op -> backend, as the packed parts really call it."""
 
     def weight(self, value: Tensor) -> Tensor:
         """Compute dtype; NHWC memory where it has four dimensions."""
@@ -161,13 +161,14 @@ class PackedCC:
 class Merge:
     """A grouped 3x3 convolution that joins two maps, or reads one."""
 
-    def __init__(self, conv: nn.Conv2d, to: Target):
+    def __init__(self, conv: nn.Conv2d, to: Target, *, joins: bool):
         self.weight, self.groups = to.folded(conv.weight), conv.groups
-        self.backend = to.plan["merge3x3"]
+        self.backend = fusion.merge_backend(to.plan["merge3x3"], conv.weight, conv.groups, joins)
+        to.plan["merge3x3"] = self.backend
 
     def __call__(self, a: Tensor, b: Tensor | None = None, **options) -> Tensor:
-        backend = fusion.merge_backend(self.backend, self.weight, self.groups, b is not None)
-        return fusion.merge3x3(a, self.weight, b, groups=self.groups, backend=backend, **options)
+        options = {"groups": self.groups, "backend": self.backend, **options}
+        return fusion.merge3x3(a, self.weight, b, **options)
 
 
 class PackedSC:
@@ -177,7 +178,7 @@ class PackedSC:
         attention = block.attention
         self.half = block.split.out_channels // 2
         self.split, self.context = Conv(block.split, to), Conv(block.context, to)
-        self.merge = Merge(block.merge, to)
+        self.merge = Merge(block.merge, to, joins=True)
         self.spatial = None
         if isinstance(attention, blocks.SpatialAttention):
             self.spatial = Conv(attention.conv, to)
@@ -204,7 +205,8 @@ class PackedEFFB:
 
     def __init__(self, block: blocks.EFFB, use: int, to: Target):
         self.gcrb = [PackedGCRB(b, use, to) for b in (block.gcrb1, block.gcrb2, block.gcrb3)]
-        self.fuse12, self.fuse3 = Merge(block.fuse12, to), Merge(block.fuse3, to)
+        self.fuse12 = Merge(block.fuse12, to, joins=True)
+        self.fuse3 = Merge(block.fuse3, to, joins=False)
         self.scsa, self.scca = PackedSC(block.scsa, to), PackedSC(block.scca, to)
 
     def __call__(self, e: Tensor) -> Tensor:
@@ -300,11 +302,12 @@ class PackedTransformer:
 
     def __init__(self, block: TransformerBlock, to: Target):
         channels = block.norm1.normalized_shape[0] // 9
-        order = torch.arange(9 * channels).view(channels, 9).T.flatten()
+        device = block.norm1.weight.device
+        order = torch.arange(9 * channels, device=device).view(channels, 9).T.flatten()
         emha, mlp = block.emha, block.mlp
 
         def take(value: Tensor, dim: int = 0) -> Tensor:
-            return to.weight(value.index_select(dim, order.to(value.device)))
+            return to.weight(value.index_select(dim, order))
 
         self.norms = [(take(n.weight), take(n.bias), n.eps) for n in (block.norm1, block.norm2)]
         self.reduce, self.qkv = take(emha.reduce.weight, 1), to.weight(emha.qkv.weight)

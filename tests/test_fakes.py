@@ -1,4 +1,4 @@
-"""What `torch.compile` trusts: shapes, dtypes and strides of every fake against the real results."""
+"""What `torch.compile` trusts: shapes, dtypes and strides of every fake, against real results."""
 
 from __future__ import annotations
 

@@ -83,6 +83,56 @@ def test_packed_weights_are_never_stale(change):
         assert not torch.equal(net(x), before)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
+def test_a_fused_optimizer_step_is_seen(kind):
+    """It does not count its changes itself; the twin of a trained network sees them too."""
+    plain, x = trained(), torch.rand(1, 3, 6, 7)
+    twin = efrdn_fast.accelerate(plain)
+    optimizer = kind(plain.parameters(), lr=0.05, fused=True)
+    for _ in range(2):
+        check(twin, x, plain)
+        with torch.no_grad():
+            before = twin(x)
+        plain(x).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            assert not torch.equal(twin(x), before)
+
+
+def test_steps_of_other_networks_keep_the_packing():
+    net, other = trained(EFRDNFast), nn.Linear(2, 2)
+    with torch.no_grad():
+        net(torch.rand(1, 3, 6, 7))
+    packed = net._packed
+    other(torch.rand(1, 2)).sum().backward()
+    torch.optim.Adam(other.parameters(), fused=True).step()
+    with torch.no_grad():
+        net(torch.rand(1, 3, 6, 7))
+    assert net._packed[1] == packed[1]
+
+
+def test_plan_says_what_runs(monkeypatch):
+    """At 16 channels the C++ takes no merge, whatever the plan began with."""
+    net, ran, look = trained(EFRDNFast), {}, dispatch.implementation
+    monkeypatch.setattr(
+        dispatch, "implementation", lambda op, b: ran.setdefault(op, set()).add(b) or look(op, b)
+    )
+    with torch.no_grad():
+        net(torch.rand(1, 3, 6, 7))
+    assert ran["merge3x3"] == {net.plan["merge3x3"]} == {"reference"}
+    assert {op: {backend} for op, backend in net.plan.items() if op in ran} == {
+        op: names for op, names in ran.items() if op in net.plan
+    }
+    assert f"'merge3x3': {net.plan['merge3x3']!r}" in repr(net)
+
+
+def test_made_under_another_default_device():
+    net, x = trained(EFRDNFast), torch.rand(1, 3, 6, 7)
+    with torch.device("meta"), torch.no_grad():
+        packed = net(x)
+    torch.testing.assert_close(packed, as_reference(net)(x), rtol=1e-4, atol=1e-5)
+
+
 def test_packed_once_for_many_calls(monkeypatch):
     monkeypatch.delenv("EFRDN_FAST_BACKEND", raising=False)
     made = []

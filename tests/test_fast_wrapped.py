@@ -1,4 +1,4 @@
-"""EFRDNFast inside DataParallel, DDP and `.half()`; bytes in and out; overflow of single images."""
+"""EFRDNFast inside DataParallel, DDP, `.half()`, `torch.func`; bytes; overflow of one image."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.autograd import forward_ad
 from torch.nn.parallel import DataParallel, DistributedDataParallel, replicate
 
 from efrdn_fast import EFRDN, EFRDNFast, graphs, upscale
+from tests.fast_networks import as_reference, trained
 
 
 def small(**options) -> EFRDNFast:
@@ -161,3 +163,41 @@ def test_the_result_is_not_looked_at_inside_the_caller_s_capture(monkeypatch):
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("error", message=".*overflowed")
         assert not net(x)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_an_empty_batch_is_that_of_the_plain_network(mode):
+    net = trained(EFRDNFast).train(mode == "train")
+    plain = net.to_reference()
+    for x in (torch.rand(0, 3, 6, 7), torch.rand(0, 3, 6, 7).requires_grad_()):
+        assert net(x).shape == plain(x).shape == (0, 3, 12, 14)
+    assert net(torch.zeros(0, 3, 6, 7, dtype=torch.uint8)).dtype == torch.uint8
+
+
+def test_transforms_of_functions():
+    """vmap, jvp, grad and Hessian products of `torch.func`, in which the plain forward runs."""
+    net, x = trained(EFRDNFast).requires_grad_(False), torch.rand(2, 1, 3, 6, 7)
+    plain = as_reference(net).requires_grad_(False)
+    tangent = torch.rand_like(x[0])
+
+    def along(net):
+        return torch.func.jvp(net, (x[0],), (tangent,))[1]
+
+    def gradient(net):
+        return torch.func.grad(lambda x: net(x).square().sum())(x[0])
+
+    def product(net):
+        return torch.func.jvp(lambda x: gradient_at(net, x), (x[0],), (tangent,))[1]
+
+    def gradient_at(net, x):
+        return torch.func.grad(lambda x: net(x).square().sum())(x)
+
+    def mapped(net):
+        return torch.func.vmap(net)(x)
+
+    for transform in (along, gradient, product, mapped):
+        torch.testing.assert_close(transform(net), transform(plain))
+    expected = along(plain)
+    with forward_ad.dual_level():
+        y = net(forward_ad.make_dual(x[0], tangent))
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, expected)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from efrdn_fast import functional
 from efrdn_fast.testing import make_input
@@ -27,6 +28,8 @@ REJECTED = {
         ({"groups": 3}, ValueError, "groups must divide C=8, got 3"),
         ({"groups": 0}, ValueError, "groups must divide C=8, got 0"),
         ({"groups": 2.0}, TypeError, "groups must be an int, got 2.0"),
+        ({"groups": True}, TypeError, "groups must be an int, got True"),
+        ({"x": zeros(2, 8, 5, 6).to_sparse()}, TypeError, "x must be a dense tensor, got torch.sp"),
         ({"groups": 8}, ValueError, "groups must divide M=4, got 8"),
         ({"w1": zeros(4, 4)}, ValueError, r"w1 must be \[M, C / groups, 1, 1\], got \[4, 4\]"),
         ({"w1": zeros(0, 4, 1, 1)}, ValueError, r"w1 must not be empty, got zero-size \[0, 4"),
@@ -41,6 +44,7 @@ REJECTED = {
     ],
     "gcrb_chain": [
         ({"params": [zeros(4)] * 17}, ValueError, "params must be 18 tensors.*got 17"),
+        ({"params": None}, TypeError, "params must be a list of tensors.*got NoneType"),
         ({"params": [None] * 18}, TypeError, r"params\[0\] \(w1\) must be a tensor, got None"),
         ({"groups": 3}, ValueError, "groups must divide C=8, got 3"),
         (
@@ -55,7 +59,10 @@ REJECTED = {
         ({"momentum": 1.5}, ValueError, "momentum must be 0 to 1, got 1.5"),
         ({"eps": 0.0}, ValueError, "eps must be positive, got 0.0"),
         ({"running_var": None}, ValueError, "must be given together"),
-        ({"running_mean": [zeros(4)] * 2}, ValueError, "must be three tensors, got 2"),
+        ({"momentum": None}, TypeError, "momentum must be a number, got None"),
+        ({"eps": "1"}, TypeError, "eps must be a number, got '1'"),
+        ({"running_mean": 1}, TypeError, "running_mean must be a list of tensors, got int"),
+        ({"running_mean": [zeros(4)] * 2}, ValueError, "must be 3 tensors, got 2"),
         ({"running_mean": [zeros(4)] * 3}, ValueError, r"running_mean\[2\] must be \[8\]"),
     ],
     "acrb": [
@@ -74,6 +81,7 @@ REJECTED = {
         ({"out": zeros(2, 7, 30)}, ValueError, r"out must be \[N, C, H, W\]"),
         ({"out": zeros(2, 7, 5, 6).half()}, TypeError, "out must be torch.float32.*float16"),
         ({"out": zeros(2, 7, 5, 6, device=META)}, ValueError, "out must be on cpu.*meta"),
+        ({"out": zeros(1, 1, 5, 6).expand(2, 7, 5, 6)}, ValueError, "out must not be expanded"),
         ({"out_start": 5}, ValueError, "out_start must be 0 to 4 for 3 of 7 channels, got 5"),
         (
             {"weight": zeros(3, 3, 3, 3, requires_grad=True)},
@@ -98,6 +106,7 @@ REJECTED = {
         ({"start": 6}, ValueError, "start must be 0 to 5 for 3 of 8 channels"),
     ],
     "conv3x3": [
+        ({"xs": None}, TypeError, "xs must be a map or a list of maps, got NoneType"),
         ({"xs": []}, ValueError, "xs must hold at least one map, got none"),
         ({"xs": [zeros(2, 8, 5, 6), 3]}, TypeError, r"xs\[1\] must be a tensor, got int"),
         (
@@ -207,6 +216,27 @@ def test_functional_rejects_two_devices(op):
     arguments[name] = [x.cuda() for x in value] if name == "xs" else value.cuda()
     with pytest.raises(ValueError, match="must be on cuda:0 like the input, got cpu"):
         getattr(functional, op)(**arguments)
+
+
+def test_acrb_out_does_not_write_where_it_reads():
+    whole = zeros(2, 15, 5, 6)
+    x, out = whole[:, :8], whole[:, 8:]
+    assert functional.acrb_out(**out_arguments(x=x.clone(), out=out), backend="reference") is out
+    with pytest.raises(ValueError, match=r"^acrb_out: out must not share memory with x"):
+        functional.acrb_out(**out_arguments(x=x, out=whole[:, 2:9]))
+
+
+def test_functional_does_not_drop_forward_mode_derivatives():
+    x, tangent = make_input((2, 8, 5, 6)), torch.ones(2, 8, 5, 6)
+    with pytest.raises(
+        NotImplementedError, match=r"^sigmoid_gate: x has a forward-mode derivative"
+    ):
+        torch.func.jvp(lambda x: functional.sigmoid_gate(x, x), (x,), (tangent,))
+    with forward_ad.dual_level():
+        weights = gcrb_arguments()
+        weights["b2"] = forward_ad.make_dual(weights["b2"], torch.ones(4))
+        with pytest.raises(NotImplementedError, match=r"^gcrb: b2 has a forward-mode derivative"):
+            functional.gcrb(**weights)
 
 
 def test_acrb_out_takes_tensors_that_require_grad_without_grad_mode():
