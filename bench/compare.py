@@ -1,10 +1,10 @@
 """What moved beyond the noise between two runs of the bench.
 
-    python -m bench.compare OLD NEW     results files (.json), or folders of them
+    python bench/compare.py OLD NEW     results files (.json), or folders of them
 
 Where both runs hold a paired ratio of a variant to its baseline, their intervals are compared: they
 stand above the load of the machine. Else the times are: p20 to p80 of the one against the other.
-Exit status 1 where anything became slower.
+Exit status: 0, 1 where anything became slower, 2 where there is nothing to compare.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from efrdn_fast.tables import render
+if not __package__:  # run as a file: of the checkout only this folder is on the path
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from .harness.store import KEY, load
+from bench.harness.store import KEY, OtherResults, load
+from efrdn_fast.tables import render
 
 __all__ = ["Change", "changes", "differences", "main"]
 
@@ -45,10 +47,10 @@ def _rows(path: Path) -> tuple[dict[tuple[str, ...], Mapping[str, Any]], list[Ma
     for file in files:
         try:
             stored = load(file)
-        except ValueError:
+        except OtherResults:
             if not path.is_dir():
                 raise
-            continue  # figures of another program
+            continue
         rows |= {tuple(str(row.get(k)) for k in KEY): row for row in stored["rows"]}
         runs += stored["runs"].values()
     if not rows:
@@ -57,8 +59,17 @@ def _rows(path: Path) -> tuple[dict[tuple[str, ...], Mapping[str, Any]], list[Ma
 
 
 def changes(old: Path, new: Path) -> Iterator[Change]:
-    """Every row that both hold, in the order of the old one."""
+    """Every row that both hold, in the order of the old one.
+
+    Raises:
+        ValueError: There is none.
+    """
     before, after = _rows(old)[0], _rows(new)[0]
+    if before.keys().isdisjoint(after):
+        raise ValueError(
+            f"no row is in both, by {', '.join(KEY)}: {old} begins with "
+            f"{' '.join(next(iter(before)))}, {new} with {' '.join(next(iter(after)))}"
+        )
     for key, row in before.items():
         if key in after:
             yield _change(key, row, after[key])
@@ -116,9 +127,8 @@ def main() -> int:
     try:
         found = list(changes(args.old, args.new))
         differing = differences(args.old, args.new)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"bench.compare: error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     for line in differing:
         print(f"not the same: {line}")
     moved = [c for c in found if c.verdict in ("faster", "slower")]

@@ -9,9 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .harness.provenance import RESULTS
-from .harness.store import load
+from .harness.store import OtherResults, load
 
-__all__ = ["DATASHEET", "rates"]
+__all__ = ["DATASHEET", "UnknownDevice", "rates"]
+
+
+class UnknownDevice(ValueError):
+    """Neither datasheet figures nor measured ceilings are at hand."""
 
 
 def _nvidia(copy_tbps: float, half: float, single: float, processors: int, ghz: float):
@@ -41,7 +45,8 @@ def rates(device: str, dtype: str = "fp16", results: Path = RESULTS) -> tuple[di
         dtype: fp32 or fp16; what a CPU computes is fp32.
 
     Raises:
-        ValueError: No such device.
+        UnknownDevice: No such device, or no run of it measured ceilings.
+        ValueError: A file of its results is no JSON.
     """
     if device in DATASHEET:
         row = DATASHEET[device]
@@ -50,10 +55,10 @@ def rates(device: str, dtype: str = "fp16", results: Path = RESULTS) -> tuple[di
     files = sorted((results / device).glob("*.json")) if device else []
     runs = [run for path in files for run in _ceilings(path)]
     if not runs:
-        measured = sorted(path.name for path in results.iterdir() if path.is_dir())
-        raise ValueError(
+        measured = sorted(path.parent.name for path in results.glob("*/*.json") if _ceilings(path))
+        raise UnknownDevice(
             f"no device {device!r}: expected {', '.join(DATASHEET)} (datasheet) or a folder of "
-            f"results with ceilings ({', '.join(measured) or 'none'})"
+            f"results with ceilings ({', '.join(dict.fromkeys(measured)) or 'none'})"
         )
     kind = "float32" if dtype == "fp32" or device.startswith("cpu-") else "float16"
     return {
@@ -66,5 +71,5 @@ def rates(device: str, dtype: str = "fp16", results: Path = RESULTS) -> tuple[di
 def _ceilings(path: Path) -> list[Mapping]:
     try:
         return [run["ceilings"] for run in load(path)["runs"].values() if "ceilings" in run]
-    except ValueError:  # figures of another program
+    except OtherResults:
         return []

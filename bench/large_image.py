@@ -23,15 +23,18 @@ import torch
 from PIL import Image
 
 from efrdn_fast import EFRDN, checkpoint, images
+from efrdn_fast.commands._options import positive
 
 __all__ = ["main"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--edge", type=int, default=2500, help="LR pixels (default: 2500)")
-    parser.add_argument("--segment-tokens", type=int, default=1024)
-    parser.add_argument("--channels", type=int, help="an untrained x4 network of so many channels")
+    parser.add_argument("--edge", type=positive, default=2500, help="LR pixels (default: 2500)")
+    parser.add_argument("--segment-tokens", type=positive, default=1024)
+    parser.add_argument(
+        "--channels", type=positive, help="an untrained x4 network of so many channels"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from efrdn_fast import env
+from efrdn_fast.device import resolve_device
 from efrdn_fast.timing import Clock, peak_memory
 
 from .bench_network import network
@@ -69,7 +70,10 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--set", type=Path, help="folder of one benchmark set")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    try:
+        device = resolve_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     reason = RUNGS[args.rung].why_not(device)
     if reason:
         print(f"{args.rung}: not run: {reason}", file=sys.stderr)

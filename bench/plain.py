@@ -128,6 +128,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--variants: no bench here has {', '.join(sorted(session.only - known))}; "
             f"there are {', '.join(sorted(known))}"
         )
+    cases = [str(case) for module in modules for case in collect.cases(module, args.full)]
+    unknown = [word for word in args.match if not any(word in case for case in cases)]
+    if unknown:
+        parser.error(
+            f"--match: no case {'' if args.full else 'without --full '}has {', '.join(unknown)}; "
+            f"there are {', '.join(dict.fromkeys(cases))}"
+        )
     if args.list:
         for module in modules:
             for case, dtype, variant, reason in _todo(module, session, args.match):

@@ -24,7 +24,7 @@ from efrdn_fast.config import EFRDNConfig
 from efrdn_fast.counts import count
 from efrdn_fast.tables import render
 
-from .devices import rates
+from .devices import UnknownDevice, rates
 from .groups import Group, floor_of, groups
 from .harness import collect
 from .harness.provenance import RESULTS, device_folder
@@ -252,7 +252,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("fp32", "fp16"), help="default: fp32 on a CPU")
     size = {"type": _size, "default": (96, 96), "metavar": "WxH"}
     parser.add_argument("--size", **size, help="LR size. Default: 96x96")
-    parser.add_argument("--variant", default="ours", help="sdpa or ours. Default: ours")
+    parser.add_argument(
+        "--variant", choices=("sdpa", "ours"), default="ours", help="network. Default: ours"
+    )
     parser.add_argument("--kernels", action="store_true", help="every kernel, by its bench's cases")
     parser.add_argument("--curve", action="store_true", help="large images, modelled")
     args = parser.parse_args(argv)
@@ -264,9 +266,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(kernel_table(args.device, dtype))
         else:
             print(table(args.device, dtype, *args.size, args.variant))
+    except UnknownDevice as error:
+        if args.device != here:
+            parser.error(str(error))
+        parser.error(
+            f"no results of this machine ({here}): `pytest bench/bench_blocks.py` measures it, "
+            f"--device NAME takes another ({error})"
+        )
     except ValueError as error:
-        print(f"bench.roofline: error: {error}", file=sys.stderr)
-        return 1
+        parser.error(str(error))
     return 0
 
 

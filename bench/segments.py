@@ -34,7 +34,8 @@ SETTINGS = {"4 segments": None, "576 tokens": 576}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="rows of earlier runs in it are kept")
-    parser.add_argument("--sizes", nargs="+", help="such as 64x64. Default: all")
+    sizes = [f"{width}x{height}" for width, height in SIZES]
+    parser.add_argument("--sizes", nargs="+", choices=sizes, metavar="WxH", help="default: all")
     parser.add_argument("--most", type=float, default=3e10, help="exponentials (default: 3e10)")
     parser.add_argument("--one", nargs=3, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()

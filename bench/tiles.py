@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bench.harness import provenance
 from efrdn_fast import benchmarks, checkpoint, metrics
+from efrdn_fast.commands._options import positive
 from efrdn_fast.upscaler import Upscaler
 
 __all__ = ["WAYS", "main", "table"]
@@ -41,9 +42,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--benchmark", type=Path, help="folder of sets; without it only the page")
     parser.add_argument("--sets", nargs="+", default=["Set14", "BSD100"])
-    parser.add_argument("--scale", type=int, default=4)
+    parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=4)
     parser.add_argument("--weights", help="x2, x3, x4 or a checkpoint (default: x<scale>)")
-    parser.add_argument("--limit", type=int, help="images of each set (default: all)")
+    parser.add_argument("--limit", type=positive, help="images of each set (default: all)")
     parser.add_argument("--json", type=Path, required=True, help="kept and continued if it exists")
     parser.add_argument("--page", type=Path, help="page whose table is replaced")
     args = parser.parse_args()
@@ -51,12 +52,10 @@ def main() -> int:
     if args.benchmark:
         weights = _weights(args.weights or f"x{args.scale}")
         if found["images"] and not _continues(found, weights, args.scale):
-            print(
-                f"bench.tiles: error: {args.json} holds figures of other weights or another scale; "
-                "name another file or delete it",
-                file=sys.stderr,
+            parser.error(
+                f"{args.json} holds figures of other weights or another scale; "
+                "name another file or delete it"
             )
-            return 1
         found |= {"run": provenance.record(torch.device("cpu"))}
         found |= {"scale": args.scale, "weights": weights}
         _fill(found, args)

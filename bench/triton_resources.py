@@ -337,6 +337,9 @@ def main() -> None:
     args = parser.parse_args()
     found = kernels()
     chosen = [kernel for kernel in found if args.only in kernel.name]
+    if not chosen:
+        names = ", ".join(dict.fromkeys(kernel.name.split()[0] for kernel in found))
+        parser.error(f"--only: no kernel has {args.only!r} in its name; there are {names}")
     cells = read_table(TABLE.read_text(encoding="utf-8")) if args.write else {}
     for kernel in chosen:
         known = cells.setdefault((kernel.name, kernel.config), {})

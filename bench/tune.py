@@ -170,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backends", action="store_true", help="only which backend wins")
     parser.add_argument("--folder", type=Path, default=_configs.FOLDER, help="where to write")
     args = parser.parse_args(argv)
+    if not args.minutes > 0:
+        parser.error(f"--minutes must be positive, got {args.minutes}")
     if not torch.cuda.is_available():
         print("bench.tune: torch sees no CUDA device, there is nothing to tune; configs stay as is")
         return 1

@@ -263,6 +263,7 @@ def test_slow_call_without_a_model_runs_once(stopwatch):
 
 def test_store_replaces_rows_and_drops_unused_runs(tmp_path):
     row = {"op": "a", "case": "c", "dtype": "float32", "variant": "v", "mode": "warm", "threads": 2}
+    row["status"] = "measured"
     store = Store(tmp_path, "a")
     for date, p50 in (("1", 1.0), ("2", 2.0)):
         store.add([{**row, "p50_ms": p50}], {"revision": "r", "date": date})

@@ -82,6 +82,7 @@ def test_plain_bench_says_what_it_cannot_do(capsys):
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["gcrb", "--device", "abacus"], "device 'abacus' cannot be used here"),
         (["gcrb", "--variants", "nonsense", "--device", "cpu"], "no bench here has nonsense"),
+        (["gcrb", "--match", "N16", "zzz", "--device", "cpu"], "has zzz; there are N1"),
         (["gcrb", "--cap", "-1"], "--cap must be positive, got -1.0"),
     ):
         with pytest.raises(SystemExit) as wrong:

@@ -83,8 +83,10 @@ def test_it_goes_on_where_it_stopped(bench, tmp_path, monkeypatch):
 def test_figures_of_other_weights_are_not_mixed(bench, tmp_path, capsys):
     path = weights(tmp_path, 1)
     _, before = bench("--weights", path, "--limit", 1)
-    status, after = bench("--weights", weights(tmp_path, 2))
-    assert status == 1 and after == before
+    with pytest.raises(SystemExit) as wrong:
+        bench("--weights", weights(tmp_path, 2))
+    assert wrong.value.code == 2
+    assert json.loads((tmp_path / "tiles.json").read_text()) == before
     assert "tiles.json holds figures of other weights" in capsys.readouterr().err
 
 

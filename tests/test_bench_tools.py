@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 
 import pytest
@@ -79,9 +80,21 @@ def test_roofline_of_a_named_device(capsys, monkeypatch):
     assert "not measured" in text and "modelled" in text and "datasheet" in text
     (attention,) = (line for line in text.splitlines() if line.startswith("attention"))
     assert attention.split()[3] == "13.271" and "exp" in attention
-    monkeypatch.setattr(sys, "argv", ["roofline", "--device", "h900"])
-    assert roofline.main() == 1
-    assert "no device 'h900': expected h200" in capsys.readouterr().err
+
+
+def test_roofline_without_results_says_how_to_get_them(capsys, monkeypatch, tmp_path):
+    def refused(*words):
+        with pytest.raises(SystemExit) as wrong:
+            roofline.main(words)
+        assert wrong.value.code == 2
+        return capsys.readouterr().err
+
+    assert "no device 'h900': expected h200" in refused("--device", "h900")
+    assert "invalid choice: 'theirs'" in refused("--variant", "theirs")
+    monkeypatch.setattr(roofline, "device_folder", lambda device: "cpu-never-measured")
+    text = refused()
+    assert "no results of this machine (cpu-never-measured): " in text
+    assert "`pytest bench/bench_blocks.py` measures it, --device NAME takes another" in text
 
 
 def test_counts_are_those_of_the_profiler():
@@ -152,7 +165,7 @@ def test_roofline_of_kernels(capsys, monkeypatch, tmp_path):
 
 def test_measured_rates_are_those_of_the_runs(tmp_path):
     run = {"revision": "r", "ceilings": {"copy": 1.0, "matmul": {"float32": 2.0}, "exp": 3.0}}
-    row = {"op": "a", "case": "c", "dtype": "d", "variant": "v", "mode": "warm", "threads": 1}
+    row = {"op": "a", "case": "c", "dtype": "d", "mode": "warm", "threads": 1, "status": "noisy"}
     for i in (1, 2):
         best = {**run["ceilings"], "copy": float(i)}
         variant = {**row, "variant": str(i)}
@@ -224,9 +237,40 @@ def test_compare(tmp_path, capsys, monkeypatch):
     assert "1 faster, 1 slower, 1 noisy" in text
     monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "old"), str(tmp_path / "old")])
     assert compare.main() == 0
-    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path), str(tmp_path / "old")])
-    assert compare.main() == 2
-    assert "holds no results" in capsys.readouterr().err
+
+
+def test_compare_says_why_there_is_nothing_to_compare(tmp_path):
+    """As a file, as it is called; status 2 and the file's name, whatever is wrong with it."""
+
+    def compared(old, new):
+        command = [PYTHON, compare.__file__, str(tmp_path / old), str(tmp_path / new)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    Store(tmp_path / "old", "a").add([row("v", **times(1, 2, 3))], {"revision": "r", "date": "d"})
+    Store(tmp_path / "b", "a").add([row("w", **times(1, 2, 3))], {"revision": "r", "date": "d"})
+    (tmp_path / "latin.json").write_bytes(b'{"runs": "\xe9"}')
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "a.json").write_text("{")
+    (tmp_path / "empty.json").write_text(json.dumps({"runs": {}, "rows": [{}]}))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.json").write_text("[]")
+    done = compared("old", "old/a.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 rows in both: 0 faster, 0 slower, 0 noisy" in done.stdout
+    for new, message in (
+        (
+            "b",
+            f"no row is in both, by op, case, dtype, variant, mode, threads: {tmp_path}/old begins",
+        ),
+        ("latin.json", "latin.json is no JSON: 'utf-8' codec can't decode"),
+        ("cut", "a.json is no JSON: "),
+        ("empty.json", "empty.json holds a row without case, dtype, op, status, variant"),
+        ("other", "other holds no results of the bench"),
+        ("none.json", "none.json"),
+    ):
+        done = compared("old", new)
+        assert done.returncode == 2 and message in done.stderr, done
+        assert "Traceback" not in done.stderr and not done.stdout
 
 
 def test_smoke_fails_below_its_floor(monkeypatch, capsys):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FIELDS", "KEY", "Store", "load"]
+__all__ = ["FIELDS", "KEY", "OtherResults", "Store", "load"]
 
 KEY = ("op", "case", "dtype", "variant", "mode", "threads")
 FIELDS = (
@@ -22,6 +22,10 @@ FIELDS = (
 )
 """Columns. status: measured, noisy, modelled, does not fit, not run, wrong. Shares are of the
 ceilings of the same run; error is the largest absolute one against float64."""
+
+
+class OtherResults(ValueError):
+    """A JSON file that another program than the harness wrote."""
 
 
 class Store:
@@ -58,14 +62,19 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: It is no results file of the bench.
+        OtherResults: JSON, but no results file of the bench.
+        ValueError: No JSON, or a row that names no case.
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(record, dict) or not {"runs", "rows"} <= record.keys():
-        raise ValueError(f"{path} holds no runs and rows; expected a results file of bench/")
+        raise OtherResults(f"{path} holds no runs and rows; expected a results file of bench/")
+    for row in record["rows"]:
+        absent = {"op", "case", "dtype", "variant", "status"} - row.keys()
+        if absent:
+            raise ValueError(f"{path} holds a row without {', '.join(sorted(absent))}: {row}")
     return record
 
 
