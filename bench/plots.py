@@ -1,4 +1,4 @@
-"""Pictures of the results: latency, time per block, memory, share of the roofline, training, peers.
+"""Pictures of the results: latency, memory, blocks, attention, share of the roofline, training.
 
 Each is drawn from results files alone and holds a digest of them, by which `bench.report --check`
 sees that it is stale.
@@ -65,7 +65,7 @@ class Picture:
         figure, axes = pyplot.subplots(
             self.panels, self.panels, figsize=size, dpi=100, layout="constrained"
         )
-        self.paint(axes, [row for source in self.sources for row in load(source)["rows"]])
+        self.paint(axes, [row for source in self.sources for row in _rows(source)])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.path, metadata={KEY: self.digest(), "Software": None})
         pyplot.close(figure)
@@ -76,14 +76,23 @@ def pictures(results: Path, folder: Path = FOLDER) -> list[Picture]:
     found = []
     for device in sorted(path for path in results.iterdir() if path.is_dir()):
         for name, (needs, paint) in _PICTURES.items():
-            sources = tuple(device / f"{need}.json" for need in needs)
-            if all(source.is_file() for source in sources):
+            groups = [sorted(device.glob(need)) for need in needs]
+            sources = tuple(source for group in groups for source in group)
+            if all(groups):
                 path = folder / f"bench_{name}_{device.name}.png"
                 more = (device / MEASURED_PSNR,) if name == "peers" else ()
                 also = tuple(each for each in more if each.is_file())
                 panels = 2 if name == "peers" else 1
                 found.append(Picture(path, sources, _for_device(paint, device), also, panels))
     return found
+
+
+def _rows(source: Path) -> list[dict]:
+    """Rows of a results file, or of a training log, which say which log they are of."""
+    if source.suffix == ".json":
+        return load(source)["rows"]
+    lines = source.read_text(encoding="utf-8").splitlines()
+    return [{"log": source.stem, **json.loads(line)} for line in lines]
 
 
 def _for_device(paint: Callable, device: Path) -> Callable[[Any, list[dict]], None]:
@@ -144,6 +153,48 @@ def _blocks(axes: Any, rows: list[dict], device: Path) -> None:
         left = {key: left[key] + width for key, width in zip(left, widths, strict=True)}
     axes.set(title=f"time per block, x4, {device.name}", xlabel="ms")
     axes.legend(fontsize=7, ncols=2)
+
+
+def _attention(axes: Any, rows: list[dict], device: Path) -> None:
+    """Time over tokens, batch 1: solid four segments, dashed segments of 576."""
+    series: dict[tuple[str, bool], list[tuple[int, float, str]]] = {}
+    for row in rows:
+        case = re.match(r"N1-T(\d+)-L(\d+)-", row["case"])
+        tokens, length = (int(case[1]), int(case[2])) if case else (0, 0)
+        if row.get("p50_ms") and length in (576, (tokens + 3) // 4):
+            point = tokens, row["p50_ms"], row["status"]
+            series.setdefault((row["variant"], length == 576), []).append(point)
+    if not series:
+        axes.set_title("attention: no curve, measured by pytest bench/bench_emha.py --full")
+        return
+    names = list(dict.fromkeys(name for name, _ in series))
+    for fixed, style in ((False, "-"), (True, "--")):
+        found = {n: sorted(series[n, fixed]) for n in names if (n, fixed) in series}
+        before = len(axes.get_lines())
+        _lines(axes, found, 1e-3)
+        for line in axes.get_lines()[before:]:
+            name = next((n for n in found if n == line.get_label()), None)
+            if name is not None:
+                line.set(
+                    linestyle=style, label=f"{name}, {'576 tokens' if fixed else '4 segments'}"
+                )
+    axes.set(title=f"attention, 8 heads of 18, fp32, {device.name}", ylabel="seconds")
+    axes.set_xlabel("tokens (hollow: modelled)")
+    axes.legend(fontsize=7)
+
+
+def _curve(axes: Any, rows: list[dict], device: Path) -> None:
+    """Validation PSNR over the steps of all runs, one after the other."""
+    start = 0
+    for at, name in enumerate(dict.fromkeys(row["log"] for row in rows), 1):
+        run = [row for row in rows if row["log"] == name]
+        judged = [(start + row["step"], row["psnr_db"]) for row in run if "psnr_db" in row]
+        axes.plot(*zip(*judged, strict=True), "o-", markersize=4, label=f"run {at}")
+        start += max(row["step"] for row in run)
+    axes.set(title=f"x4, averaged weights, {device.name}", xlabel="steps", ylabel="PSNR (dB)")
+    axes.set_ylim(bottom=max(min(row["psnr_db"] for row in rows if "psnr_db" in row), 25.6))
+    axes.grid(True, alpha=0.3)
+    axes.legend(fontsize=7, loc="lower right")
 
 
 def _shares(axes: Any, rows: list[dict], device: Path) -> None:
@@ -241,11 +292,13 @@ def _pixels(case: str) -> int:
 
 
 _PICTURES: dict[str, tuple[tuple[str, ...], Callable]] = {
-    "latency": (("network",), _latency),
-    "memory": (("network",), _memory),
-    "blocks": (("blocks",), _blocks),
-    "kernels": (("gcrb", "acrb", "emha"), _shares),
-    "training": (("train",), _training),
-    "peers": (("peers",), _peers),
+    "latency": (("network.json",), _latency),
+    "memory": (("network.json",), _memory),
+    "blocks": (("blocks.json",), _blocks),
+    "attention": (("emha.json",), _attention),
+    "kernels": (("gcrb.json", "acrb.json", "emha.json"), _shares),
+    "training": (("train.json",), _training),
+    "curve": (("train_x4_phase*.jsonl",), _curve),
+    "peers": (("peers.json",), _peers),
 }
-"""Name -> results files it needs, function that draws it."""
+"""Name -> results files it needs (patterns), function that draws it."""

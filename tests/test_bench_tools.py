@@ -9,10 +9,9 @@ import sys
 
 import pytest
 import torch
-from matplotlib import pyplot
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import compare, devices, groups, plain, plots, records, report, roofline, smoke
+from bench import compare, devices, groups, plain, records, report, roofline, smoke
 from bench.harness.store import Store
 from bench.harness.work import ExpCounter, counted
 from efrdn_fast import EFRDN, cases, cli, reference
@@ -373,48 +372,3 @@ def test_tables_of_what_users_call(tmp_path, monkeypatch):
     cells = "1.5 s | 1,234 MiB | 0.5 s | 1,234 MiB |"
     assert f"| `upscale()` of 128 x 128 to 512 x 512 | {cells}" in text
     assert f"| training step, 4 patches of 32 x 32 | {cells}" in text
-
-
-def test_picture_of_the_peers(tmp_path):
-    """Time and multiply-adds against printed and measured PSNR; stale when the latter changes."""
-    results = tmp_path / "results"
-    notes = {"EFRDNFast": "6.27 G multiply-adds", "SPAN": "1.74 G multiply-adds", "bicubic": ""}
-    rows = [
-        {**row(name, **times(1, 2, 3)), "case": "x4-64x64-b1", "note": note}
-        for name, note in notes.items()
-    ]
-    Store(results / "cpu-x", "peers").add(rows, {"revision": "abc", "date": "d"})
-    own = results / "cpu-x" / plots.MEASURED_PSNR
-    sets = {"Set5": {"model": {"psnr": 31.0}, "bicubic": {"psnr": 28.0}}}
-    own.write_text(json.dumps({"scales": {"x4": {"sets": sets}}}))
-    (picture,) = plots.pictures(results, tmp_path)
-    picture.draw()
-    assert not picture.stale()
-    own.write_text(own.read_text().replace("31.0", "31.5"))
-    assert picture.stale()
-    figure, axes = pyplot.subplots(2, 2)
-    plots._peers(axes, rows, results / "cpu-x")
-    points = [[line.get_xydata()[0].tolist() for line in panel.get_lines()] for panel in axes.flat]
-    assert points[0] == [[2e-3, 32.33], [2e-3, 31.5], [2e-3, 28.42], [2e-3, 28.0]]
-    assert points[1] == [[6.27, 32.33], [6.27, 31.5]]
-    assert len(points[2]) == 2 and len(points[3]) == 1
-    assert "no PSNR to show: SPAN" in figure.get_suptitle()
-    pyplot.close(figure)
-
-
-def test_pictures_know_when_they_are_stale(tmp_path):
-    results = tmp_path / "results"
-    run = {"revision": "abc", "date": "d"}
-    rows = [
-        {**row("sdpa", **times(900, 1000, 1100)), "case": "x4-2x32x32"},
-        {**row("ours", **times(800, 900, 1000)), "case": "x4-2x32x32"},
-    ]
-    store = Store(results / "cpu-x", "train")
-    store.add(rows, run)
-    (picture,) = plots.pictures(results, tmp_path)
-    assert picture.path.name == "bench_training_cpu-x.png"
-    assert picture.stale()
-    picture.draw()
-    assert not picture.stale()
-    store.add([{**rows[0], "p50_ms": 1001.0}], run)
-    assert picture.stale()
