@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from efrdn_fast.kernels import _plan
 
-from efrdn_fast import EFRDN, cases, dispatch
+from efrdn_fast import EFRDN, cases
 from efrdn_fast.fast import EFRDNFast
 from efrdn_fast.timing import Clock, Ratio, measure, paired_ratio
 
@@ -38,8 +39,7 @@ def network() -> Pair:
 
 def gcrb() -> Pair | None:
     """180x320: folded PyTorch, the C++ kernel; None where it cannot be built."""
-    impl = next(i for i in dispatch.implementations("gcrb") if i.backend == "cpu")
-    if impl.why_not(torch.device("cpu")):
+    if _plan.missing("cpu"):
         return None
     case = cases.GCRB_BENCH[0]
     args = case.args()

@@ -6,8 +6,10 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +21,16 @@ if TYPE_CHECKING:
 
 __all__ = ["build_all", "report"]
 
+_MINUTES = {"cpu": 6, "cuda": 10}
+"""Minutes of a build on two cores, roughly."""
+
 
 def report() -> list[tuple[str, str]]:
-    """(what, finding) of driver, GPU, libraries, compilers, cache and backends; builds nothing."""
+    """(what, finding) of driver, GPU, compilers, cache, builds and backends; builds nothing."""
     import torch
 
     from . import dispatch
+    from .kernels import _plan
 
     rows = [
         ("efrdn_fast", f"{__version__}, Python {platform.python_version()}"),
@@ -35,29 +41,29 @@ def report() -> list[tuple[str, str]]:
         ("cpu", _cpu()),
         *_compilers(),
         ("cache", _cache()),
+        *((f"library {name}", _library(name)) for name in _plan.LIBRARIES),
+        ("EFRDN_FAST_BACKEND", _asked()),
     ]
     for row in dispatch.backends():
         rows.append((f"backend {row.backend}", _backend(row)))
     return rows
 
 
-def build_all() -> list[tuple[str, str, bool]]:
+def build_all() -> Iterator[tuple[str, str, bool]]:
     """Build every library that can be built here, afresh: (library, finding, whether it failed)."""
-    from .kernels import _build
+    from .kernels import _build, _plan
 
-    rows = []
-    for library in _build.LIBRARIES:
-        if reason := _build.why_not(library):
-            rows.append((library, f"not built: {reason}", False))
+    for library in _plan.LIBRARIES:
+        if reason := _plan.missing(library):
+            yield library, f"not built: {reason} ({_plan.COST[library]})", False
             continue
         try:
-            path, seconds = _build.build(library, force=True)
-            _build.load(library)
+            path, seconds = _build.rebuild(library)
         except BuildError as error:
-            rows.append((library, f"failed: {error}", True))
+            serves = "" if _build.why_not(library) else "; the build of before stays in use"
+            yield library, f"failed: {error}{serves}", True
         else:
-            rows.append((library, f"built in {seconds:.1f} s: {path}", False))
-    return rows
+            yield library, f"built in {seconds:.1f} s: {path}", False
 
 
 def _version(package: str) -> str | None:
@@ -111,7 +117,7 @@ def _compilers() -> list[tuple[str, str]]:
     cxx, ninja = _toolchain.host_compiler(), _toolchain.ninja()
     cuda = _toolchain.cuda((torch.version.cuda or "").split(".")[0])
     return [
-        ("c++", f"{cxx}: {_toolchain.compiler_version(cxx)}" if cxx else "not found"),
+        ("c++", f"{shlex.join(cxx)}: {_toolchain.compiler_version(cxx)}" if cxx else "not found"),
         ("ninja", ninja or "not found"),
         ("nvcc", f"{cuda.nvcc}: CUDA {cuda.version}" if cuda else "not found"),
     ]
@@ -122,6 +128,29 @@ def _cache() -> str:
     builds = list(folder.glob("efrdn_fast_*.so")) if folder.is_dir() else []
     size = sum(path.stat().st_size for path in builds) / 2**20
     return f"{folder}: {len(builds)} builds, {size:.1f} MiB"
+
+
+def _library(library: str) -> str:
+    from .kernels import _build, _plan, _record
+
+    if reason := _build.why_not(library):
+        return f"cannot be used: {reason}"
+    what = _plan.plan(library)
+    if what.artifact.is_file():
+        seconds = _record.built_seconds(what)
+        took = f" in {seconds:.1f} s" if seconds is not None else ""
+        return f"built{took}: {what.artifact}"
+    return (
+        f"not built yet: built at first use, some {_MINUTES[library]} minutes on two cores; "
+        "`efrdn doctor --build` builds now"
+    )
+
+
+def _asked() -> str:
+    try:
+        return env.backend() + ("" if os.environ.get("EFRDN_FAST_BACKEND") else " (unset)")
+    except ValueError as error:
+        return f"invalid: {error}"
 
 
 def _backend(row: BackendStatus) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
+import itertools
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +22,24 @@ __all__ = [
     "architectures",
     "compiler_version",
     "cuda",
+    "fingerprint",
     "host_compiler",
     "is_x86",
     "ninja",
+    "nvcc_host",
     "torch_root",
     "torch_standard",
 ]
 
 DEFAULT_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
 """Compute capabilities built for when no device is visible and TORCH_CUDA_ARCH_LIST is unset."""
+
+_LAUNCHERS = ("buildcache", "ccache", "distcc", "icecc", "sccache")
+_STEERING = (
+    *("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "COMPILER_PATH", "GCC_EXEC_PREFIX"),
+    *("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"),
+)
+"""Variables that compilers read."""
 
 
 def is_x86() -> bool:
@@ -49,16 +62,65 @@ def _output(*command: str | Path) -> str:
     return done.stdout
 
 
-def host_compiler() -> str | None:
-    """CXX, else the first of g++, c++ and clang++ on PATH."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    return next((path for name in names if (path := shutil.which(name))), None)
+def host_compiler() -> tuple[str, ...] | None:
+    """The C++ compiler as the words of a command: CXX, else the first of g++, c++ and clang++.
+
+    CXX may have arguments, and a launcher before it ("ccache g++ -m64").
+    """
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else ["g++", "c++", "clang++"]:
+        if path := shutil.which(name):  # first: a path may hold spaces
+            return (os.path.abspath(path),)
+    try:
+        words = shlex.split(asked or "")
+    except ValueError:  # a quote that does not end
+        return None
+    programs = [shutil.which(word) for word in words[: _programs(words)]]
+    if not programs or None in programs:
+        return None
+    return *map(os.path.abspath, programs), *words[len(programs) :]
+
+
+def _programs(words: Sequence[str]) -> int:
+    """How many words of a compiler's command are programs: it may stand behind a launcher."""
+    return 1 + (len(words) > 1 and Path(words[0]).name in _LAUNCHERS)
+
+
+def nvcc_host(cxx: Sequence[str]) -> tuple[str, ...]:
+    """Options by which nvcc takes a host compiler: it knows no launcher, and arguments apart."""
+    programs = _programs(cxx)
+    arguments = [("-Xcompiler", word.replace(",", r"\,")) for word in cxx[programs:]]
+    return "-ccbin", cxx[programs - 1], *itertools.chain.from_iterable(arguments)
 
 
 @functools.cache
-def compiler_version(compiler: str) -> str:
+def compiler_version(compiler: tuple[str, ...]) -> str:
     """First line of `compiler --version`."""
-    return (_output(compiler, "--version").splitlines() or ["unknown version"])[0]
+    return (_output(*compiler, "--version").splitlines() or ["unknown version"])[0]
+
+
+def fingerprint(tools: Iterable[str | Path]) -> str:
+    """Hash that changes where a tool or what it works with is replaced, or torch, or a variable.
+
+    Folders of headers and of the compiler's own parts count by their time, which an installation
+    changes.
+    """
+    import torch
+
+    gcc = Path("/usr/lib/gcc")
+    paths = [*tools, shutil.which("as"), shutil.which("ld"), ninja(), "/usr/include"]
+    paths += ["/usr/include/c++", *sorted(gcc.glob("*/*"))]
+    facts = [torch.__version__, str(torch_root())]
+    facts += [f"{name}={os.environ.get(name)}" for name in _STEERING]
+    for path in paths:
+        try:
+            stat = os.stat(path or "")
+        except OSError:  # an argument, or there is none
+            facts.append(str(path))
+        else:
+            facts.append(f"{os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}")
+            facts[-1] += f" {stat.st_ctime_ns}"  # a package brings the time of its own making
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
 
 
 def ninja() -> str | None:

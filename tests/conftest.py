@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from efrdn_fast.kernels import _build, _plan, _toolchain
 
 from efrdn_fast import EFRDN, checkpoint, cli, dispatch, env, testing
 
@@ -89,6 +91,43 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A library "cpu" of one small source, with a cache of its own; returns its csrc folder."""
+    csrc = tmp_path / "csrc"
+    csrc.mkdir()
+    (csrc / "ops_tiny_cpu.cpp").write_text('#include "tiny.h"\nint tiny() { return TINY; }\n')
+    (csrc / "tiny.h").write_text("#define TINY 1\n")
+    monkeypatch.setattr(_plan, "CSRC", csrc)
+    monkeypatch.setattr(_build, "_outcomes", {})
+    monkeypatch.setenv("EFRDN_FAST_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    return csrc
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch, tiny):
+    """The host compiler behind a script in the folder of the test.
+
+    It notes each run in `runs`, waits while `hold` exists, and runs `fail` in its place where that
+    exists.
+    """
+    host = shlex.join(_toolchain.host_compiler())
+    script = tmp_path / "cxx"
+    script.write_text(
+        f"""#!/bin/sh
+case "$*" in *--version*) exec {host} --version;; esac
+echo $$ >> {tmp_path}/runs
+while [ -e {tmp_path}/hold ]; do sleep 0.05; done
+[ -e {tmp_path}/fail ] && exec sh {tmp_path}/fail
+exec {host} "$@"
+"""
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    return script
+
+
+@pytest.fixture
 def upscale(weights, capsys):
     """Runs `efrdn upscale` with the small network; returns (status, lines out, lines of errors)."""
 
@@ -125,5 +164,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _marks(device: str, impl: dispatch.Impl) -> list[pytest.MarkDecorator]:
     if device == "cuda" and not torch.cuda.is_available():
         return [pytest.mark.gpu]
-    reason = impl.why_not(torch.device(device))
+    # A build that failed before is no reason to skip.
+    cpp = impl.backend == "cpu"
+    reason = _plan.missing("cpu") if cpp else impl.why_not(torch.device(device))
     return [pytest.mark.skip(reason=f"backend {impl.backend}: {reason}")] if reason else []

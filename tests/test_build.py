@@ -11,68 +11,12 @@ from pathlib import Path
 
 import filelock
 import pytest
-from efrdn_fast.kernels import _build, _toolchain
+from efrdn_fast.kernels import _build, _plan, _toolchain
 
 from efrdn_fast.errors import BuildError
+from tests.tiny_build import REPOSITORY, start_build, wait_for
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-HOST = _toolchain.host_compiler()
-pytestmark = pytest.mark.skipif(HOST is None, reason="no C++ compiler")
-
-
-@pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    """A library "cpu" of one small source, with a cache of its own; returns its csrc folder."""
-    csrc = tmp_path / "csrc"
-    csrc.mkdir()
-    (csrc / "ops_tiny_cpu.cpp").write_text('#include "tiny.h"\nint tiny() { return TINY; }\n')
-    (csrc / "tiny.h").write_text("#define TINY 1\n")
-    monkeypatch.setattr(_build, "CSRC", csrc)
-    monkeypatch.setattr(_build, "_outcomes", {})
-    monkeypatch.setenv("EFRDN_FAST_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("CXX", raising=False)
-    return csrc
-
-
-@pytest.fixture
-def compiler(tmp_path, monkeypatch, tiny):
-    """The host compiler behind a script that notes each run, and waits while `hold` exists."""
-    script = tmp_path / "cxx"
-    script.write_text(
-        f"""#!/bin/sh
-case "$1" in --version) exec {HOST} --version;; esac
-echo $$ >> {tmp_path}/runs
-while [ -e {tmp_path}/hold ]; do sleep 0.05; done
-exec {HOST} "$@"
-"""
-    )
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
-    return script
-
-
-def start_build(csrc: Path) -> subprocess.Popen:
-    """Another process that builds the tiny library."""
-    code = (
-        "import pathlib\nfrom efrdn_fast.kernels import _build\n"
-        f"_build.CSRC = pathlib.Path({str(csrc)!r})\nprint(_build.build('cpu')[0])\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(condition, seconds: float = 120):
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-    return value
+pytestmark = pytest.mark.skipif(_toolchain.host_compiler() is None, reason="no C++ compiler")
 
 
 def test_build_once_then_from_the_cache(tiny):
@@ -82,26 +26,26 @@ def test_build_once_then_from_the_cache(tiny):
     _build.load("cpu")
     assert _build.why_not("cpu") is None
     left = {p.suffix for p in path.parent.iterdir()}
-    assert left <= {".so", ".log", ".lock"}, "temporary folders are removed"
+    assert left <= {".so", ".log", ".lock", ".built"}, "temporary folders are removed"
 
 
 def test_key_follows_sources_flags_and_compiler(tiny, monkeypatch, tmp_path):
-    key = _build.plan("cpu").key
-    assert _build.plan("cpu").key == key
+    key = _plan.plan("cpu").key
+    assert _plan.plan("cpu").key == key
     (tiny / "tiny.h").write_text("#define TINY 2\n")
-    changed = _build.plan("cpu").key
+    changed = _plan.plan("cpu").key
     (tiny / "unrelated.h").write_text("")
-    assert _build.plan("cpu").key == changed != key
-    monkeypatch.setattr(_build, "_COMMON", (*_build._COMMON, "-g"))
-    flags = _build.plan("cpu").key
+    assert _plan.plan("cpu").key == changed != key
+    monkeypatch.setattr(_plan, "_COMMON", (*_plan._COMMON, "-g"))
+    flags = _plan.plan("cpu").key
     monkeypatch.setattr(_toolchain, "compiler_version", lambda _: "g++ 99")
-    assert len({key, changed, flags, _build.plan("cpu").key}) == 4
+    assert len({key, changed, flags, _plan.plan("cpu").key}) == 4
 
 
 def test_key_does_not_depend_on_where_the_package_is(tiny, monkeypatch, tmp_path):
-    key = _build.plan("cpu").key
-    monkeypatch.setattr(_build, "CSRC", tiny.rename(tmp_path / "elsewhere"))
-    assert _build.plan("cpu").key == key
+    key = _plan.plan("cpu").key
+    monkeypatch.setattr(_plan, "CSRC", tiny.rename(tmp_path / "elsewhere"))
+    assert _plan.plan("cpu").key == key
 
 
 def test_failure_names_the_error_and_is_remembered(tiny, monkeypatch):
@@ -132,6 +76,51 @@ def test_why_not_without_compiler_or_ninja(tiny, monkeypatch):
     assert "CXX=g++-that-is-not-here was not found" in _build.why_not("cpu")
 
 
+def test_compiler_with_launcher_and_arguments(compiler, tmp_path, monkeypatch):
+    ccache = tmp_path / "bin" / "ccache"
+    ccache.parent.mkdir()
+    ccache.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/launched\nexec "$@"\n')
+    ccache.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ccache.parent}:{tmp_path}:{os.environ['PATH']}")
+    keys = set()
+    for given in ("cxx", "ccache cxx", "cxx -DOTHER=1", "ccache cxx '-DOTHER=two words' -DMORE"):
+        monkeypatch.setenv("CXX", given)
+        path, seconds = _build.build("cpu")
+        assert path.is_file() and seconds > 0
+        keys.add(path)
+    assert len(keys) == 4, "arguments decide the result"
+    launched = (tmp_path / "launched").read_text()
+    assert f"{compiler} -DOTHER=two words -DMORE -c -O3" in launched
+    assert f"{compiler} -DOTHER=two words -DMORE -shared" in launched
+
+
+@pytest.mark.parametrize(
+    "given", ["ccache g++-that-is-not-here", "no-such-cxx -m64", "g++ 'open", " "]
+)
+def test_compiler_command_that_is_not_there(tiny, monkeypatch, given):
+    monkeypatch.setenv("CXX", given)
+    assert f"CXX={given} was not found" in _build.why_not("cpu")
+
+
+def test_compiler_in_a_folder_with_a_space(compiler, tmp_path, monkeypatch):
+    folder = tmp_path / "my tools"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "./my tools/cxx")
+    assert "was not found" in _build.why_not("cpu")
+    compiler.rename(folder / "cxx")
+    assert _toolchain.host_compiler() == (str(folder / "cxx"),)
+    assert _build.build("cpu")[1] > 0
+
+
+def test_host_compiler_of_nvcc():
+    """nvcc takes a compiler alone; its arguments go by -Xcompiler, where a comma parts them."""
+    assert _toolchain.nvcc_host(("/bin/g++",)) == ("-ccbin", "/bin/g++")
+    assert _toolchain.nvcc_host(("/bin/ccache", "/bin/g++", "-Wl,-x", "-m64")) == (
+        *("-ccbin", "/bin/g++", "-Xcompiler", r"-Wl\,-x", "-Xcompiler", "-m64"),
+    )
+
+
 def test_unknown_library():
     with pytest.raises(ValueError, match="cpu, cuda; got 'gpu'"):
         _build.why_not("gpu")
@@ -146,7 +135,7 @@ def test_cache_folder_that_cannot_be_made(tiny, monkeypatch, tmp_path):
 
 def test_lock_held_by_another(tiny, monkeypatch):
     monkeypatch.setattr(_build, "LOCK_SECONDS", 0.1)
-    lock = _build.plan("cpu").artifact.with_suffix(".lock")
+    lock = _plan.plan("cpu").artifact.with_suffix(".lock")
     lock.parent.mkdir()
     with filelock.FileLock(lock), pytest.raises(BuildError, match="another process has held"):
         _build.build("cpu")
@@ -160,7 +149,7 @@ def test_killed_build_leaves_nothing_that_hangs(compiler, tiny, tmp_path):
         runs = wait_for(lambda: (tmp_path / "runs").exists() and (tmp_path / "runs").read_text())
         process.kill()
         process.wait()
-        artifact = _build.plan("cpu").artifact
+        artifact = _plan.plan("cpu").artifact
         assert list(artifact.parent.glob("*.partial")) and not artifact.exists()
     finally:
         process.kill()
@@ -275,21 +264,21 @@ def test_why_not_cuda_names_what_is_missing(nvcc, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "cuda_runtime.h" in _build._missing_cuda()
+    assert "cuda_runtime.h" in _plan._missing_cuda()
     include = nvcc.parent.parent / "include"
     include.mkdir()
     (include / "cuda_runtime.h").touch()
     _toolchain.cuda.cache_clear()
-    assert "nv/target" in _build._missing_cuda()
+    assert "nv/target" in _plan._missing_cuda()
     (include / "nv").mkdir()
     (include / "nv" / "target").touch()
-    reason = _build._missing_cuda()
+    reason = _plan._missing_cuda()
     assert "libcudart.so.13" in reason and "cuda-toolkit[" in reason and "==13.0.*" in reason
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     _toolchain.cuda.cache_clear()
-    assert "is CUDA 13.0, torch is for 12.8" in _build._missing_cuda()
+    assert "is CUDA 13.0, torch is for 12.8" in _plan._missing_cuda()
     nvcc.unlink()
     _toolchain.cuda.cache_clear()
-    assert "nvcc was not found" in _build._missing_cuda()
+    assert "nvcc was not found" in _plan._missing_cuda()
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "built without CUDA" in _build._missing_cuda()
+    assert "built without CUDA" in _plan._missing_cuda()

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from efrdn_fast.kernels import _build, _toolchain, native
+from efrdn_fast.kernels import _build, _plan, _toolchain, native
 
 from efrdn_fast import cases, reference
 from efrdn_fast.testing import check_backward, check_forward, make_input
 
-REASON = _build.why_not("cpu")
+REASON = _plan.missing("cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"backend cpu: {REASON}")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ISAS = ("generic", "avx2", "avx512") if _toolchain.is_x86() else ("generic",)
@@ -228,16 +228,16 @@ def test_kernels_stay_inside_their_memory(which, tmp_path):
     program = tmp_path / "cpu_guard"
 
     def flags(isa: str) -> list[str]:
-        return ["-O1", "-std=c++17", f"-DEFRDN_FAST_ISA={isa}", f"-I{CSRC}", *_build._ISAS[isa]]
+        return ["-O1", "-std=c++17", f"-DEFRDN_FAST_ISA={isa}", f"-I{CSRC}", *_plan._ISAS[isa]]
 
     guard = [Path(__file__).parent / "cpu_guard.cpp"]
     if best != isa:
         (own,) = (p for p in kernels if "_bf16_" in p.name)
         bf16 = tmp_path / "bf16.o"
-        subprocess.run([cxx, "-c", *flags(best), own, "-o", bf16], check=True)
+        subprocess.run([*cxx, "-c", *flags(best), own, "-o", bf16], check=True)
         guard += [bf16, "-DGUARD_BF16"]
     sources = [*guard, *(p for p in kernels if "_bf16_" not in p.name)]
-    subprocess.run([cxx, *flags(isa), *sources, "-o", program], check=True)
+    subprocess.run([*cxx, *flags(isa), *sources, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, f"exit {done.returncode} at: {done.stdout[-300:]}"
     assert "cases inside their memory" in done.stdout

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from efrdn_fast.kernels import _build
+from efrdn_fast.kernels import _plan
 
 from efrdn_fast.errors import BuildError
 
 ARCHITECTURES = ("sm_80", "sm_90a")
-SOURCES = sorted(path.name for path in _build.CSRC.glob("*.cu"))
+SOURCES = sorted(path.name for path in _plan.CSRC.glob("*.cu"))
 ENTRY = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
@@ -24,11 +24,11 @@ ENTRY = re.compile(
 
 
 @pytest.fixture(scope="module")
-def build() -> _build.Plan:
+def build() -> _plan.Plan:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
         try:
-            return _build.plan("cuda")
+            return _plan.plan("cuda")
         except BuildError as error:
             if os.environ.get("CI") == "true":
                 pytest.fail(str(error))
@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cuda")
 
 
-def compile_object(build: _build.Plan, source: str, folder: Path, *flags: str) -> str:
+def compile_object(build: _plan.Plan, source: str, folder: Path, *flags: str) -> str:
     """Compile one source as the JIT build does; what the compiler printed."""
     name, path, command = next(job for job in build.jobs if job[1].name == source)
     done = subprocess.run(
@@ -74,7 +74,7 @@ def test_library_links_and_registers_its_ops(build, folder):
     link = [*build.link[:at], *objects, *build.link[at + 1 :], "-o", str(library)]
     done = subprocess.run(link, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
-    bindings = "".join(path.read_text() for path in _build.CSRC.glob("ops_cuda*.cpp"))
+    bindings = "".join(path.read_text() for path in _plan.CSRC.glob("ops_cuda*.cpp"))
     names = re.findall(r'm\.impl\("(\w+)"', bindings)
     program = (
         "import sys, torch\n"

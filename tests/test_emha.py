@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from efrdn_fast.kernels import _build, _precision
+from efrdn_fast.kernels import _build, _plan, _precision
 from efrdn_fast.kernels import reference_attention as kernels
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -102,7 +102,7 @@ def test_emha_of_scores_of_1e4(target, dtype):
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16"])
 def test_emha_in_every_instruction_set(isa):
     """Of this machine: blocks of one, two and all vectors, widths with a rest, half precision."""
-    if reason := _build.why_not("cpu"):
+    if reason := _plan.missing("cpu"):
         pytest.skip(f"backend cpu: {reason}")
     _build.load("cpu")
     ext = torch.ops.efrdn_fast_ext

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from efrdn_fast.kernels import _build, native
+from efrdn_fast.kernels import _build, _plan, native
 
 from efrdn_fast import functional, reference
 from efrdn_fast.cases_attention import EmhaCase
@@ -16,7 +16,7 @@ BF16 = torch.bfloat16
 @pytest.fixture(autouse=True)
 def isa():
     """The kernels with dot products serve."""
-    if reason := _build.why_not("cpu"):
+    if reason := _plan.missing("cpu"):
         pytest.skip(f"backend cpu: {reason}")
     _build.load("cpu")
     ext = torch.ops.efrdn_fast_ext
