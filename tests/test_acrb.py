@@ -68,17 +68,18 @@ def test_acrb_out_writes_its_channels_and_no_others(target, case, dtype, memory)
     assert torch.equal(out[:, 5 + case.width :], before[:, 5 + case.width :])
 
 
-def test_acrb_opcheck():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_acrb_opcheck(backend):
     args = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in small()]
-    torch.library.opcheck(torch.ops.efrdn_fast.acrb.default, (*args, "reference"))
+    torch.library.opcheck(torch.ops.efrdn_fast.acrb.default, (*args, backend))
     x, weight, bias, start = small()
     grad = torch.randn(2, 3, 5, 4)
     torch.library.opcheck(
-        torch.ops.efrdn_fast.acrb_backward.default, (grad, x, weight, bias, start, "reference")
+        torch.ops.efrdn_fast.acrb_backward.default, (grad, x, weight, bias, start, backend)
     )
     torch.library.opcheck(
         torch.ops.efrdn_fast.acrb_out.default,
-        (x, weight, bias, start, torch.zeros(2, 6, 5, 4), 1, "reference"),
+        (x, weight, bias, start, torch.zeros(2, 6, 5, 4), 1, backend),
     )
 
 

@@ -150,11 +150,12 @@ def test_emha_by_blocks_of_scores_equals_the_flash_kernel(monkeypatch, tokens):
     torch.testing.assert_close(kernels._plain_gradients(*args), kernels._flash_gradients(*args))
 
 
-def test_emha_opcheck():
-    torch.library.opcheck(emha.default, (small().requires_grad_(), 2, 4, False, "reference"))
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_emha_opcheck(backend):
+    torch.library.opcheck(emha.default, (small().requires_grad_(), 2, 4, False, backend))
     qkv = small()
-    out, lse = emha(qkv, 2, 4, False, "reference")
-    args = (out.clone(), qkv, out, lse, 2, 4, False, "reference")
+    out, lse = emha(qkv, 2, 4, False, backend)
+    args = (out.clone(), qkv, out, lse, 2, 4, False, backend)
     torch.library.opcheck(emha_backward.default, args)
 
 

@@ -46,9 +46,10 @@ def test_gcrb_chain_forward(target, case, dtype):
     check_forward(case, dtype, *target)
 
 
-def test_gcrb_chain_opcheck():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gcrb_chain_opcheck(backend):
     args = cases.GcrbChainCase((2, 8, 5, 4), layout="sliced").args()
-    torch.library.opcheck(torch.ops.efrdn_fast.gcrb_chain.default, (*args, "reference"))
+    torch.library.opcheck(torch.ops.efrdn_fast.gcrb_chain.default, (*args, backend))
 
 
 def test_gcrb_chain_is_inference_only():
@@ -113,23 +114,25 @@ def test_gcrb_training_is_deterministic(target):
         assert torch.equal(first, second)
 
 
-def test_gcrb_opcheck():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gcrb_opcheck(backend):
     args = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in small()]
-    torch.library.opcheck(torch.ops.efrdn_fast.gcrb.default, (*args, "reference"))
+    torch.library.opcheck(torch.ops.efrdn_fast.gcrb.default, (*args, backend))
     args = small()
     torch.library.opcheck(
-        torch.ops.efrdn_fast.gcrb_backward.default, (args[0].clone(), *args, "reference")
+        torch.ops.efrdn_fast.gcrb_backward.default, (args[0].clone(), *args, backend)
     )
 
 
-def test_gcrb_train_opcheck():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gcrb_train_opcheck(backend):
     args = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in small("gcrb_train")]
-    torch.library.opcheck(torch.ops.efrdn_fast.gcrb_train.default, (*args, "reference"))
+    torch.library.opcheck(torch.ops.efrdn_fast.gcrb_train.default, (*args, backend))
     *tensors, groups, eps = small("gcrb_train")
-    y, mean, var = torch.ops.efrdn_fast.gcrb_train(*tensors, groups, eps, "reference")
+    y, mean, var = torch.ops.efrdn_fast.gcrb_train(*tensors, groups, eps, backend)
     torch.library.opcheck(
         torch.ops.efrdn_fast.gcrb_train_backward.default,
-        (y, *tensors, mean, var, groups, eps, "reference"),
+        (y, *tensors, mean, var, groups, eps, backend),
     )
 
 
