@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +20,27 @@ from torch import Tensor, nn
 
 from .config import EFRDNConfig
 
-__all__ = ["FORMAT_VERSION", "Checkpoint", "atomic_write", "load", "load_into", "resolve", "save"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Checkpoint",
+    "atomic_write",
+    "load",
+    "load_into",
+    "resolve",
+    "save",
+    "unpickle",
+]
 
 FORMAT_VERSION = 1
 SHIPPED = {"x2": 2, "x3": 3, "x4": 4}
 # Containers that other trainers put around the weights, best first (EMA before raw).
 WRAPPERS = ("params_ema", "params", "state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")
+# What torch's unpickler was seen to raise on damaged files.
+UNPICKLING_ERRORS = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError),
+    *(struct.error, AssertionError, TypeError, AttributeError),
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +138,21 @@ def atomic_write(path: str | os.PathLike, data: bytes) -> Path:
     return path
 
 
+def unpickle(path: str | os.PathLike, device: str | torch.device = "cpu") -> object:
+    """Contents of a file of `torch.save`, tensors and plain values only.
+
+    Raises:
+        ValueError: Why it cannot be read; the message does not name the file.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except UNPICKLING_ERRORS as error:
+        first, name = str(error).strip().partition("\n")[0], type(error).__name__
+        if not first or isinstance(error, KeyError):  # whose text is the bare key
+            first = f"{name} {first}".strip()
+        raise ValueError(f"it holds more than tensors, or is damaged ({first})") from error
+
+
 def load_into(net: nn.Module, state_dict: dict[str, Tensor], source: str = "checkpoint") -> None:
     """`load_state_dict` whose error names the keys and shapes that differ."""
     own = net.state_dict()
@@ -174,12 +204,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_pickle(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return unpickle(path)
+    except ValueError as error:
         raise ValueError(
-            f"{path}: refused: it holds more than tensors, or is damaged ({first}); "
-            "only files that load with weights_only=True are read"
+            f"{path}: refused: {error}; only files that load with weights_only=True are read"
         ) from error
 
 

@@ -49,7 +49,7 @@ class TrainOptions:
     cc_bias_init: float = 0.0
     """Initial bias of the CC bottlenecks; a positive value avoids units that start dead."""
     autocast: str = "fp32"
-    """Type of the forward pass: fp32, bf16 or fp16 (with loss scaling, CUDA only)."""
+    """Type of the forward pass: fp32, bf16 or fp16 (with loss scaling, refused without CUDA)."""
     stages: str = ""
     """Progressive sizes before the last ones: "24x8@0.4,32x4@0.8" trains on 8 patches of 24 x 24
     in the first 40 % of the steps, on 4 of 32 x 32 up to 80 %, then on batch_size of patch_size."""
@@ -72,6 +72,9 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         EFRDNConfig(scale=self.scale, module=self.module, ablation=self.ablation, fold=self.fold)
+        for name, value in self.to_dict().items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"train: {name} must be a finite number, got {value}")
         for name in ("patch_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train: {name} must be at least 1, got {getattr(self, name)}")
@@ -105,6 +108,8 @@ class TrainOptions:
             raise ValueError(f"train: fit_tails must not be negative, got {self.fit_tails}")
         if self.grad_clip < 0:
             raise ValueError(f"train: grad_clip must not be negative, got {self.grad_clip}")
+        if not 0 <= self.manual_seed < 2**64:
+            raise ValueError(f"train: manual_seed must be in [0, 2^64), got {self.manual_seed}")
 
     def _parse_stages(self) -> list[tuple[float, int, int]]:
         stages, before = [], 0.0

@@ -6,6 +6,7 @@ Under torchrun every process runs the same code on its share of each batch; the 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -20,7 +21,9 @@ import torch
 from tqdm import tqdm
 
 from .data import ImageCache, Patches, build_cache, find_images, loader, split_validation
+from .device import resolve_device
 from .distributed import World, process_group
+from .distributed import world as find_world
 from .fast import accelerate
 from .model import EFRDN
 from .options import RunOptions, TrainOptions
@@ -62,13 +65,15 @@ def train(
 
     Raises:
         FileNotFoundError: No images, or no state at `resume`.
-        ValueError: Options differ from those of the state, or no image is large enough.
+        ValueError: Options differ from those of the state, which may be damaged; no image is
+            large enough; or the device is not there.
         RuntimeError: The run diverged or ended in steps that were not finite; the last good
             checkpoint is kept.
         KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and, when finite, saved.
     """
-    with process_group(run.device) as world:
-        return _train(data, options, run, resume, world)
+    device = resolve_device(find_world().device(run.device))
+    with process_group(device) as here:
+        return _train(data, options, dataclasses.replace(run, device=str(device)), resume, here)
 
 
 def _train(
@@ -83,12 +88,19 @@ def _train(
             raise ValueError(
                 f"train: a batch of {batch} cannot be shared equally by {world.size} processes"
             )
+    train_images, val_images = split_validation(find_images(data))
+    trainer = Trainer(options, run.device, world)
     out = Path(run.out)
+    state = out / "state.pt" if resume == "auto" else Path(resume) if resume else None
+    resumed = state is not None and (state.is_file() or resume != "auto")
+    if resumed:
+        if not state.is_file():
+            raise FileNotFoundError(f"no training state at {str(state)!r} to resume from")
+        trainer.restore(state)
     out.mkdir(parents=True, exist_ok=True)
     if world.is_first:
         for part in out.glob(".*.part"):  # of a run that was killed while it saved
             part.unlink()
-    train_images, val_images = split_validation(find_images(data))
     cache_dir = run.cache_dir or out / "cache"
     if world.local_rank:  # one process of a machine decodes
         world.wait()
@@ -99,13 +111,6 @@ def _train(
     patches = Patches(cache, options.manual_seed, options.augment)
     for patch, _ in options.all_sizes():
         patches.ends(patch)  # raises when no image is large enough
-    trainer = Trainer(options, world.device(run.device), world)
-    state = out / "state.pt" if resume == "auto" else Path(resume) if resume else None
-    resumed = state is not None and (state.is_file() or resume != "auto")
-    if resumed:
-        if not state.is_file():
-            raise FileNotFoundError(f"no training state at {str(state)!r} to resume from")
-        trainer.restore(state)
     trainer.run_through(accelerate(trainer.net) if run.fast else trainer.net)
     if run.compile:
         trainer.forward = torch.compile(trainer.forward)

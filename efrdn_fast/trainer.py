@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-import pickle
+import operator
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from .warmstart import warm_start
 __all__ = ["Trainer", "validate"]
 
 STATE_VERSION = 1
+STATE_KEYS = ("version", "options", "step", "skipped", "net", "ema", "optimizer", "scaler")
 
 
 class Trainer:
@@ -47,6 +48,11 @@ class Trainer:
         world: World | None = None,
     ):
         self.options, self.device, self.world = options, torch.device(device), world or World()
+        if options.autocast == "fp16" and self.device.type != "cuda":
+            raise ValueError(
+                "train: autocast fp16 needs CUDA for its loss scaling; "
+                f"use bf16 or fp32 on {self.device}"
+            )
         self.step, self.skipped, self.bad_streak = 0, 0, 0
         torch.manual_seed(options.manual_seed)
         net = EFRDN(
@@ -68,9 +74,7 @@ class Trainer:
         # One fused kernel: 9 % of a step of 4 patches of 32x32 on a CPU core.
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=options.lr, fused=fused)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=options.autocast == "fp16" and self.device.type == "cuda"
-        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.autocast == "fp16")
         self.forward: nn.Module = self.net
 
     def run_through(self, net: nn.Module) -> None:
@@ -166,23 +170,52 @@ class Trainer:
         """Continue exactly where `path` (a `state.pt`) was saved.
 
         Raises:
-            ValueError: The file is damaged or was written with other options (named).
+            ValueError: The file is no whole and finite state, or was written with other options
+                (named).
         """
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            was = state["options"]
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a readable training state: {error}") from error
         defaults = {f.name: f.default for f in dataclasses.fields(TrainOptions)}
-        was, now = {**defaults, **was}, self.options.to_dict()  # options younger than the state
-        differ = [f"{k}: {was[k]!r} then, {now.get(k)!r} now" for k in now if was[k] != now[k]]
+        try:
+            state = _read_state(path, self.device)
+            # Options may be younger than the state.
+            was, now = {**defaults, **state["options"]}, self.options.to_dict()
+            differ = [f"{k}: {was[k]!r} then, {now[k]!r} now" for k in now if was[k] != now[k]]
+            if not differ:
+                self._load(state)
+        except (ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
+            why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{path}: not a training state to resume from: {why}; give a state.pt that "
+                "`efrdn train` wrote, or start anew (--resume never)"
+            ) from error
         if differ:
             raise ValueError(f"{path}: cannot resume with other options ({'; '.join(differ)})")
-        self.step, self.skipped = state["step"], state["skipped"]
-        self.net.load_state_dict(state["net"])
-        self.ema.load_state_dict(state["ema"])
+
+    def _load(self, state: dict) -> None:
+        step, skipped = operator.index(state["step"]), operator.index(state["skipped"])
+        if not 0 <= skipped <= step <= self.options.total_iter:
+            raise ValueError(
+                f"it is at step {step} of {self.options.total_iter}, {skipped} of them skipped"
+            )
+        checkpoint.load_into(self.net, state["net"], "its net")
+        checkpoint.load_into(self.ema, state["ema"], "its ema")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if not self.is_finite():
+            raise ValueError("its weights are not finite")
+        self.step, self.skipped = step, skipped
+
+
+def _read_state(path: Path, device: torch.device) -> dict:
+    """A state file's entries, complete but not looked into."""
+    state = checkpoint.unpickle(path, device)
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}, expected a dictionary")
+    missing = [key for key in STATE_KEYS if key not in state]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    if state["version"] != STATE_VERSION:
+        raise ValueError(f"it is of version {state['version']!r}, expected {STATE_VERSION}")
+    return state
 
 
 @torch.inference_mode()

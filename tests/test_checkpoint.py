@@ -171,6 +171,17 @@ def test_truncated_safetensors(saved, keep):
         checkpoint.load(saved)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"junk\n", "KeyError 174812789"), (b"M", "unpack requires"), (b"\x80\x02K\x01b", "")],
+)
+def test_pth_that_is_no_pickle(tmp_path, content, reason):
+    path = tmp_path / "net.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"net\.pth: refused.*damaged.*{reason}"):
+        checkpoint.load(path)
+
+
 @pytest.mark.parametrize("keep", [0, 5, 2000])
 def test_truncated_pth(net, tmp_path, keep):
     path = tmp_path / "net.pth"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -267,7 +268,7 @@ def test_resume_refuses_other_options_and_damaged_states(photos, tmp_path):
         changed = TrainOptions(**{**TINY, "total_iter": 2, "lr": 5e-4})
         train([photos], changed, run_options(tmp_path))
     (tmp_path / "state.pt").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="not a readable training state"):
+    with pytest.raises(ValueError, match="not a training state to resume from"):
         train([photos], TrainOptions(**TINY), run_options(tmp_path))
     with pytest.raises(FileNotFoundError, match="no training state"):
         train([photos], TrainOptions(**TINY), run_options(tmp_path), resume=str(tmp_path / "no.pt"))
@@ -312,6 +313,14 @@ def test_defaults_are_the_papers_recipe():
         ({"lr": 0.0}, "lr_min <= lr"),
         ({"warmup": 2_000_000}, "warmup must be in"),
         ({"grad_clip": -1}, "grad_clip must not be negative"),
+        ({"lr": math.inf}, "lr must be a finite number, got inf"),
+        ({"lr_min": math.nan}, "lr_min must be a finite number, got nan"),
+        ({"grad_clip": math.nan}, "grad_clip must be a finite number, got nan"),
+        ({"cc_bias_init": math.nan}, "cc_bias_init must be a finite number, got nan"),
+        ({"cc_bias_init": -math.inf}, "cc_bias_init must be a finite number, got -inf"),
+        ({"ema_decay": math.nan}, "ema_decay must be a finite number"),
+        ({"manual_seed": -1}, r"manual_seed must be in \[0, 2\^64\), got -1"),
+        ({"manual_seed": 2**64}, r"manual_seed must be in \[0, 2\^64\)"),
         ({"total_iter": 0}, "total_iter must be at least 1"),
         ({"fit_tails": -1}, "fit_tails must not be negative"),
         ({"stages": "24x8"}, "stages must be PATCHxBATCH@SHARE"),

@@ -1,8 +1,9 @@
-"""Training that goes wrong: bad steps, divergence, what is kept then."""
+"""Training that goes wrong: bad steps, divergence, what is kept then; bad devices and states."""
 
 from __future__ import annotations
 
 import json
+import math
 import signal
 
 import numpy as np
@@ -199,3 +200,82 @@ def test_resume_from_another_folder_leaves_a_checkpoint_in_its_own(photos, tmp_p
     state = str(tmp_path / "a" / "state.pt")
     second = train([photos], options, run_options(tmp_path / "b"), resume=state)
     assert_same_weights(load_file(second), load_file(first))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "meta"}, "device 'meta' holds no data; use cpu or cuda"),
+        ({"device": "nope"}, "device 'nope' cannot be used here: "),
+        ({"autocast": "fp16"}, "autocast fp16 needs CUDA for its loss scaling; use bf16 or fp32"),
+        ({"init": "nope"}, "checkpoint 'nope' does not exist"),
+    ],
+)
+def test_what_cannot_be_used_here_is_refused_before_anything_is_made(
+    photos, tmp_path, capsys, changes, message
+):
+    assert efrdn_train(photos, tmp_path / "out", **changes) == 1
+    captured = capsys.readouterr().err
+    assert message in captured and "Traceback" not in captured
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def state(photos, tmp_path_factory):
+    """Entries of the state of a run of one step."""
+    out = tmp_path_factory.mktemp("state")
+    train([photos], TrainOptions(**TINY), run_options(out, minutes=1e-9))
+    return torch.load(out / "state.pt", weights_only=True)
+
+
+def damaged(state, damage):
+    state = {**state, "net": dict(state["net"])}
+    damage(state)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s.pop("step"), "it has no step"),
+        (lambda s: [s.pop(k) for k in ("ema", "scaler")], "it has no ema, scaler"),
+        (lambda s: s.update(version=2), "it is of version 2, expected 1"),
+        (
+            lambda s: s.update(step="3"),
+            "TypeError: 'str' object cannot be interpreted as an integer",
+        ),
+        (lambda s: s.update(step=7), "it is at step 7 of 6, 0 of them skipped"),
+        (lambda s: s.update(options=None), "'NoneType' object is not a mapping"),
+        (lambda s: s["net"].pop("head.weight"), "its net does not fit EFRDN: missing: head.weight"),
+        (lambda s: s.update(ema=[]), "'list' object has no attribute 'keys'"),
+        (lambda s: s.update(optimizer={}), "KeyError: 'param_groups'"),
+        (lambda s: s["net"].update({"head.bias": torch.full((32,), math.nan)}), "not finite"),
+    ],
+)
+def test_state_that_is_not_whole_is_refused_in_words(
+    photos, tmp_path, capsys, state, damage, message
+):
+    torch.save(damaged(state, damage), tmp_path / "state.pt")
+    assert efrdn_train(photos, tmp_path) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "state.pt: not a training state to resume from: " in line and message in line
+    assert line.endswith("give a state.pt that `efrdn train` wrote, or start anew (--resume never)")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"junk\n", "it holds more than tensors, or is damaged (KeyError 174812789)"),
+        (b"", "it holds more than tensors, or is damaged (EOFError)"),
+        (b"M", "it holds more than tensors, or is damaged (unpack requires"),
+    ],
+)
+def test_file_that_is_no_state_is_refused_in_words(photos, tmp_path, capsys, content, message):
+    (tmp_path / "state.pt").write_bytes(content)
+    assert efrdn_train(photos, tmp_path) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"not a training state to resume from: {message}" in line
+    assert "start anew (--resume never)" in line
+    torch.save([1, 2], tmp_path / "state.pt")
+    assert efrdn_train(photos, tmp_path) == 1
+    assert "it holds a list, expected a dictionary" in capsys.readouterr().err
