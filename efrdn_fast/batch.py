@@ -16,6 +16,7 @@ import numpy as np
 
 from . import images, video
 from .encode import FORMATS, check_output
+from .errors import UsageError
 from .images import STREAM, Picture
 from .inference import Progress
 from .metadata import Metadata
@@ -92,7 +93,7 @@ def plan(
     fresh = output is not None and not output.is_dir()
     exact = fresh and output.suffix.lower() in (*FORMATS, *video.WRITABLE)
     if exact and (len(inputs) > 1 or inputs[0].is_dir()):
-        raise ValueError(f"output {str(output)!r} is one file, but there may be several results")
+        raise UsageError(f"output {str(output)!r} is one file, but there may be several results")
     if exact:
         error = f"{output} is the input itself" if _key(output) == _key(inputs[0]) else ""
         if is_video(inputs[0]) != is_video(output):
@@ -101,7 +102,7 @@ def plan(
     single = len(inputs) == 1 and not inputs[0].is_dir()
     if fresh and single and NAMED_FORMAT.fullmatch(output.suffix):
         can = video.WRITABLE if is_video(inputs[0]) else FORMATS
-        raise ValueError(
+        raise UsageError(
             f"output {str(output)!r}: cannot write {output.suffix}; use one of {', '.join(can)} "
             "(if a folder is meant, make it first)"
         )
@@ -230,9 +231,9 @@ def _upscale(picture: Picture, job: Job, upscaler: Upscaler, progress: Progress 
 def _stream(inputs: Sequence[Path], output: Path | None, ext: str) -> Job:
     """The one job that reads standard input or writes standard output."""
     if len(inputs) > 1 or inputs[0].is_dir():
-        raise ValueError("'-' is one image: name no other input and no folder")
+        raise UsageError("'-' is one image: name no other input and no folder")
     if output is None or (output != STREAM and output.suffix.lower() not in FORMATS):
-        raise ValueError(
+        raise UsageError(
             f"standard input needs an output: -o - or a file name ({', '.join(FORMATS)})"
         )
     return Job(inputs[0], output, extension="" if ext == "auto" else f".{ext}")

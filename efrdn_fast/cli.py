@@ -1,6 +1,7 @@
 """The `efrdn` program: finds the sub-commands, runs one, turns errors into one line each.
 
-Exit status: 0 done, 1 an error or some input failed, 2 wrong usage, 130 interrupted.
+Exit status: 0 done, 1 an error or some input failed, 2 wrong usage, 130 interrupted. Wrong usage is
+what the parser refuses, a `UsageError`, and a named backend that cannot run here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from . import __version__
+from .errors import BackendUnavailable, UsageError
 
 __all__ = ["COMMANDS", "main"]
 
@@ -76,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # The reader (`| head`) is gone: keep the interpreter from flushing into it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        except (UsageError, BackendUnavailable) as error:
+            args.usage_error(one_line(error))
         except ERRORS as error:
             print(f"{name}: error: {one_line(error)}", file=sys.stderr)
             return 1

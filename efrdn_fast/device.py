@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .errors import UsageError
+
 __all__ = [
     "PRECISIONS",
     "caller_checks",
@@ -97,7 +99,7 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
     """Device called `name`; None is cuda where there is one, else cpu.
 
     Raises:
-        ValueError: No such device here.
+        UsageError: No such device here.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,9 +108,9 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
         torch.empty(0, device=device)  # not every backend has an is_available() of its own
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device {str(name)!r} cannot be used here: {reason}") from error
+        raise UsageError(f"device {str(name)!r} cannot be used here: {reason}") from error
     if device.type == "meta":
-        raise ValueError("device 'meta' holds no data; use cpu or cuda")
+        raise UsageError("device 'meta' holds no data; use cpu or cuda")
     return device
 
 

@@ -1,6 +1,6 @@
-"""The two errors of our own; everything else is a built-in ValueError, TypeError or OSError."""
+"""The errors of our own; everything else is a built-in ValueError, TypeError or OSError."""
 
-__all__ = ["BackendUnavailable", "BuildError"]
+__all__ = ["BackendUnavailable", "BuildError", "UsageError"]
 
 
 class BackendUnavailable(RuntimeError):
@@ -9,3 +9,7 @@ class BackendUnavailable(RuntimeError):
 
 class BuildError(RuntimeError):
     """The JIT build of `csrc/` failed; the message names what is missing and what to do."""
+
+
+class UsageError(ValueError):
+    """Arguments that are wrong whatever the inputs hold: `efrdn` ends with status 2."""

@@ -22,6 +22,7 @@ from . import checkpoint, metrics
 from .benchmarks import ImageSet, Pair, find_pairs, load_pair, reduce
 from .device import resolve_device
 from .distributed import World
+from .errors import UsageError
 from .model import EFRDN
 from .resize import imresize
 from .tables import bicubic_rows, paper_tables
@@ -141,13 +142,14 @@ def load_network(
     """A checkpoint made ready for evaluation; arguments as for `Upscaler` and `EFRDN`.
 
     Raises:
-        FileNotFoundError, ValueError: No such checkpoint, or one for another scale.
+        FileNotFoundError, ValueError: No such checkpoint, or a damaged one.
+        UsageError: One for another scale; no such device here.
         BackendUnavailable: `backend` cannot run here.
     """
     path = checkpoint.resolve(source)
     stored = checkpoint.load(path)
     if stored.config["scale"] != scale:
-        raise ValueError(f"{source} upscales by {stored.config['scale']}, not by {scale}")
+        raise UsageError(f"{source} upscales by {stored.config['scale']}, not by {scale}")
     overrides = {"segment_tokens": segment_tokens} if segment_tokens else {}
     where = resolve_device(device)
     net = fast_form(prepare(EFRDN.from_pretrained(path, **overrides), where), where, backend)

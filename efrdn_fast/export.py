@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import __version__, reference
 from .checkpoint import atomic_write
+from .errors import UsageError
 from .fast import EFRDNFast
 from .model import EFRDN
 from .transformer import TransformerBlock
@@ -60,11 +61,12 @@ def to_onnx(
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: The opset is too old, or `net` is not float32 on the CPU.
+        UsageError: The opset is too old.
+        ValueError: `net` is not float32 on the CPU.
         RuntimeError: ONNX Runtime does not agree with PyTorch.
     """
     if opset < LEAST_OPSET:
-        raise ValueError(f"opset must be at least {LEAST_OPSET}, got {opset}")
+        raise UsageError(f"opset must be at least {LEAST_OPSET}, got {opset}")
     weight = net.head.weight
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         raise ValueError(

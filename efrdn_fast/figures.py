@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import benchmarks, images, metrics
 from .checkpoint import atomic_write
+from .errors import UsageError
 from .model import EFRDN
 from .resize import imresize
 
@@ -53,7 +54,8 @@ def pictures(
         results: Name -> file of other methods, of the size of HR.
 
     Raises:
-        ValueError: A size that does not fit; a name that another picture has.
+        ValueError: A size that does not fit.
+        UsageError: A name that another picture has.
     """
     scale = upscaler.scale
     pair = benchmarks.Pair(Path(hr_path).stem, Path(hr_path), Path(lr_path) if lr_path else None)
@@ -62,7 +64,7 @@ def pictures(
     found = {"bicubic": imresize(planes, scale).permute(1, 2, 0).numpy()}
     for name, path in (results or {}).items():
         if name in ("bicubic", OURS, "HR"):
-            raise ValueError(f"{path}: the name {name!r} is taken; give it another")
+            raise UsageError(f"{path}: the name {name!r} is taken; give it another")
         pixels = images.read(path).pixels
         if pixels.shape != hr.shape or pixels.dtype != np.uint8:
             raise ValueError(
@@ -224,14 +226,14 @@ def save(figure, paths: Iterable[str | os.PathLike]) -> list[Path]:
     """Write the figure as .png, .svg or .pdf, and close it.
 
     Raises:
-        ValueError: Another extension.
+        UsageError: Another extension.
         OSError: A file cannot be written; no part of it is left behind.
     """
     plt = _matplotlib()
     written = [Path(path) for path in paths]
     for path in written:
         if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"{path}: figures are written as .png, .svg or .pdf")
+            raise UsageError(f"{path}: figures are written as .png, .svg or .pdf")
     for path in written:
         file = io.BytesIO()
         figure.savefig(file, format=path.suffix[1:].lower(), bbox_inches="tight", pad_inches=0.05)

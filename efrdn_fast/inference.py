@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from . import exact as whole_image
 from .device import PRECISIONS, free_memory, is_out_of_memory, precision
+from .errors import UsageError
 
-__all__ = ["OVERLAP", "Outcome", "bands", "run", "tiled"]
+__all__ = ["OVERLAP", "Outcome", "bands", "check_tiles", "run", "tiled"]
 
 OVERLAP = 16
 """LR pixels that neighbouring tiles share by default; no more than a quarter of a tile.
@@ -151,6 +152,20 @@ def run(
     return Outcome(sizes[0], precisions[0], exact)
 
 
+def check_tiles(tile: int, overlap: int) -> None:
+    """Refuse tiles that are too small, or whose neighbours share too much.
+
+    Raises:
+        UsageError: They are.
+    """
+    if tile < 3:
+        raise UsageError(f"tile must be at least 3 px (or 0 for none), got {tile}")
+    if not 0 <= overlap <= tile // 2:
+        raise UsageError(
+            f"overlap must be within 0..{tile // 2} for tiles of {tile}, got {overlap}"
+        )
+
+
 def bands(
     net: nn.Module,
     x: Tensor,
@@ -166,12 +181,7 @@ def bands(
     height, width = x.shape[2:]
     tile = tile or max(height, width)
     overlap = min(OVERLAP, tile // 4) if overlap is None else overlap
-    if tile < 3:
-        raise ValueError(f"tile must be at least 3 px (or 0 for none), got {tile}")
-    if not 0 <= overlap <= tile // 2:
-        raise ValueError(
-            f"overlap must be within 0..{tile // 2} for tiles of {tile}, got {overlap}"
-        )
+    check_tiles(tile, overlap)
     tops, lefts = _starts(height, tile, overlap), _starts(width, tile, overlap)
     tile_height, tile_width = min(tile, height), min(tile, width)
     count = len(tops) * len(lefts)

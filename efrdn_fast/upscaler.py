@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from . import checkpoint, dispatch, images
 from .device import PRECISIONS, float32_ends, resolve_device
 from .encode import to_pil
+from .errors import UsageError
 from .fast import accelerate
-from .inference import Outcome, Progress, run
+from .inference import Outcome, Progress, check_tiles, run
 from .model import EFRDN
 from .packing import OPS
 from .reference import emha_sdpa
@@ -97,6 +98,7 @@ class Upscaler:
 
     Raises:
         BackendUnavailable: `backend` cannot run here.
+        UsageError: No such device here, or arguments that do not go together.
     """
 
     outcome: Outcome | None = None
@@ -117,9 +119,11 @@ class Upscaler:
     ):
         if dtype not in PRECISIONS:
             raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}; got {dtype!r}")
+        if tile and not exact:
+            check_tiles(tile, overlap or 0)
         if exact:
             if dispatch.requested(backend) not in ("auto", "reference"):
-                raise ValueError(f"exact bands run the plain network, not backend {backend!r}")
+                raise UsageError(f"exact bands run the plain network, not backend {backend!r}")
             backend = "reference"
         if isinstance(model, nn.Module):
             if segment_tokens is not None:
@@ -137,7 +141,7 @@ class Upscaler:
         own_scale = getattr(self.net, "scale", None)
         self.scale = scale or own_scale or 4
         if own_scale not in (None, self.scale):
-            raise ValueError(
+            raise UsageError(
                 f"model {model if not isinstance(model, nn.Module) else type(model).__name__} "
                 f"upscales by {own_scale}, not by {self.scale}"
             )

@@ -294,8 +294,6 @@ def test_bench_command(capsys):
     text = capsys.readouterr().out
     assert "20x16 plain, SDPA" in text and "20x16 EFRDNFast" in text
     assert "torch" in text.splitlines()[0] and "x [" in text
-    assert cli.main([*sized, "--seconds", "0"]) == 1
-    assert "--seconds must be positive, got 0" in capsys.readouterr().err
 
 
 def test_report_makes_tables_from_results(tmp_path, monkeypatch):

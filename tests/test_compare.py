@@ -271,7 +271,8 @@ def test_the_command(files, tmp_path, capsys):
     assert cli.main(["compare", lr, sr, lr, "-o", str(tmp_path / "d.html")]) == 1
     assert "is not of the size of" in capsys.readouterr().err
     assert not (tmp_path / "d.html").exists()
-    assert cli.main(["compare", lr, sr, "-o", str(tmp_path / "d.png")]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["compare", lr, sr, "-o", str(tmp_path / "d.png")])
     assert "written as .html" in capsys.readouterr().err and not (tmp_path / "d.png").exists()
 
 

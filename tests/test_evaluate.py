@@ -359,20 +359,23 @@ def test_folders_without_images(tmp_path, run):
     assert "Set5: no image" in err
 
 
-def test_bad_arguments(photos, weights, run, monkeypatch):
+def test_bad_arguments(photos, weights, run, monkeypatch, capsys):
     monkeypatch.delenv("EFRDN_FAST_DATA", raising=False)
-    assert "give --benchmark DIR" in run("-s", 2, "--bicubic")[2]
     status, _, err = run("--benchmark", photos, "-s", 2, "--sets", "Set5", "--bicubic")
     assert status == 1
     assert "no set Set5 in" in err
     assert "it has photos" in err
-    status, _, err = run("--benchmark", photos, "-s", 4, "--model", weights)
-    assert status == 1
-    assert "upscales by 2, not by 4" in err
-    for arguments in (["-s", "5"], ["-s", "2", "--limit", "0"], []):
+    here = ("--benchmark", photos)
+    for arguments, message in (
+        (["-s", 2, "--bicubic"], "give --benchmark DIR"),
+        ([*here, "-s", 4, "--model", weights], "upscales by 2, not by 4"),
+        ([*here, "-s", 5], "invalid choice"),
+        ([*here, "-s", 2, "--limit", 0], "at least 1"),
+        ([*here], "required: -s"),
+    ):
         with pytest.raises(SystemExit) as ended:
-            run("--benchmark", photos, *arguments)
-        assert ended.value.code == 2
+            run(*arguments)
+        assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_default_folder(photos, run, monkeypatch):

@@ -144,7 +144,6 @@ def test_scatter(tmp_path, capsys):
     "words, message",
     [
         (["strip", "hr.png", "--crop", "50,30,20,20", "-o", "f.png"], "is not within 60x44 px"),
-        (["strip", "hr.png", "--crop", "1,1,9,9", "-o", "f.gif"], "written as .png, .svg or .pdf"),
         (["errors", "hr.png", "--result", "a=small.png", "-o", "f.png"], "of 60x44 px as HR is"),
         (["scatter", "hr.png", "-o", "f.png"], "no JSON"),
         (["scatter", "p.json", "-o", "f.png"], "a has no multi_adds_g"),
@@ -153,11 +152,6 @@ def test_scatter(tmp_path, capsys):
         (["scatter", "q.json", "-y", "n", "-o", "f.png"], "n of a must be a finite number"),
         (["scatter", "q.json", "-y", "x", "-o", "f.png"], "x of a must be a finite number"),
         (["scatter", "q.json", "-y", "z", "--area", "z", "-o", "f.png"], "must be above 0"),
-        (["errors", "hr.png", "--result", "HR=hr.png", "-o", "f.png"], "name 'HR' is taken"),
-        (
-            ["errors", "hr.png", "--result", "a=hr.png", "--result", "a=hr.png", "-o", "f.png"],
-            "two of --result have the same name",
-        ),
     ],
 )
 def test_errors_are_one_line(tmp_path, hr, weights, capsys, monkeypatch, words, message):
@@ -170,6 +164,20 @@ def test_errors_are_one_line(tmp_path, hr, weights, capsys, monkeypatch, words, 
     more = [] if words[0] == "scatter" else ["-s", 2, "-n", weights]
     status, _, errors = run(capsys, *words, *more)
     assert status == 1 and message in errors and len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--result", "HR=hr.png", "-o", "f.png"], "name 'HR' is taken"),
+        (["--result", "a=hr.png", "--result", "a=hr.png", "-o", "f.png"], "have the same name"),
+        (["-o", "f.gif"], "figures are written as .png, .svg or .pdf"),
+    ],
+)
+def test_wrong_usage(hr, weights, capsys, words, message):
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, "errors", hr, "-s", 2, "-n", weights, *words)
+    assert message in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, capsys, monkeypatch):

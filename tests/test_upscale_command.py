@@ -196,13 +196,9 @@ def test_bad_files_are_named_and_the_others_done(here, upscale):
     [
         (["none"], "none: no such file"),
         (["empty"], "videos are named one by one"),
-        (["a.png", "-s", "3"], "upscales by 2, not by 3"),
         (["a.png", "-n", "other.safetensors"], "checkpoint 'other.safetensors' does not exist"),
         (["a.png", "-n", "text.safetensors"], "not a readable safetensors file"),
-        (["a.png", "--device", "cuda:99"], "cuda:99"),
-        (["a.png", "--backend", "triton"], "backend 'triton'"),
         (["a.png", "-o", "text.safetensors/out"], "text.safetensors"),
-        (["a.png", "-t", "8", "--tile-pad", "7"], "overlap must be within 0..4"),
         (["clear.png", "--ext", "jpg"], "cannot hold transparency"),
     ],
 )
@@ -215,6 +211,23 @@ def test_errors_before_any_result(here, upscale, words, message):
     status, _, err = upscale(*words)
     assert status == 1 and len(err) == 1 and message in err[0]
     assert tree(here) == names
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["-s", "3"], "upscales by 2, not by 3"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--backend", "triton"], "backend 'triton'"),
+        (["-t", "8", "--tile-pad", "7"], "overlap must be within 0..4"),
+    ],
+)
+def test_options_that_cannot_be_are_wrong_usage(here, upscale, capsys, words, message):
+    picture("a.png", size=(12, 12))
+    with pytest.raises(SystemExit) as end:
+        upscale("a.png", *words)
+    assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    assert tree(here) == ["a.png"]
 
 
 def test_missing_weights_are_one_line(here, capsys, monkeypatch):

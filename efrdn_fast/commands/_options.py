@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["BACKENDS", "DTYPES", "add_runtime", "image_size", "natural", "positive", "tile"]
+from ..errors import UsageError
+
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "add_runtime",
+    "image_size",
+    "natural",
+    "options_only",
+    "positive",
+    "seconds",
+    "tile",
+]
 
 DTYPES = ("auto", "fp32", "tf32", "fp16", "bf16")
 BACKENDS = ("auto", "reference", "triton", "cuda", "cpu")
+
+
+@contextmanager
+def options_only() -> Iterator[None]:
+    """Errors of a block that handles nothing but options are those of their user."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -31,6 +54,14 @@ def positive(text: str) -> int:
     if not natural(text):
         raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
 
 
 def tile(text: str) -> int | None:

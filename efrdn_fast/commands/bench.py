@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ._options import add_runtime, image_size
+from . import _options
 
 HELP = "time EFRDNFast against plain PyTorch on this machine"
 
@@ -15,16 +15,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-s", "--scale", type=int, choices=SCALES, default=4, help="default: 4")
     parser.add_argument(
         "--size",
-        type=image_size,
+        type=_options.image_size,
         nargs="+",
         metavar="WxH",
         default=[(64, 64), (128, 128)],
         help="sizes of LR images. Default: 64x64 128x128",
     )
     parser.add_argument(
-        "--seconds", type=float, default=10.0, help="of turns for each size. Default: 10"
+        "--seconds", type=_options.seconds, default=10.0, help="of turns for each size. Default: 10"
     )
-    add_runtime(parser)
+    _options.add_runtime(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,8 +38,6 @@ def run(args: argparse.Namespace) -> int:
     from ..tables import render
     from ..timing import Clock, first_call, is_noisy, measure, paired_ratio, quantile
 
-    if args.seconds <= 0:
-        raise ValueError(f"--seconds must be positive, got {args.seconds:g}")
     device = resolve_device(args.device)
     facts = dict(report())
     shown = "gpu 0" if device.type == "cuda" else "cpu"

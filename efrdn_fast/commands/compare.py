@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import UsageError
+
 HELP = "write one HTML page that compares LR, SR and HR with a slider"
 
 
@@ -24,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     path = args.output or args.sr.with_suffix(".html")
     if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"{path}: the page is written as .html")
+        raise UsageError(f"{path}: the page is written as .html")
     atomic_write(path, page(args.lr, args.sr, args.hr, args.title).encode())
     print(path)
     return 0

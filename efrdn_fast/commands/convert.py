@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import UsageError
+
 HELP = "turn a .pth checkpoint into safetensors with its settings inside"
 
 
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.output.suffix != ".safetensors":
-        args.usage_error(f"output must end in .safetensors, got {str(args.output)!r}")
+        raise UsageError(f"output must end in .safetensors, got {str(args.output)!r}")
     from .. import checkpoint
     from ..model import EFRDN
 

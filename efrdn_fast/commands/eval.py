@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import UsageError
 from ._options import add_runtime, positive, tile
 
 HELP = "measure PSNR and SSIM on benchmark sets, beside bicubic and the paper's rows"
@@ -68,7 +69,7 @@ def _run(args: argparse.Namespace, here) -> int:
     root = args.benchmark
     if root is None:
         if env.data_dir() is None:
-            raise ValueError("give --benchmark DIR, or set EFRDN_FAST_DATA")
+            raise UsageError("give --benchmark DIR, or set EFRDN_FAST_DATA")
         root = env.data_dir() / "benchmark"
     sets = discover(root, args.sets)
     scales = list(dict.fromkeys(args.scale))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import UsageError
 from . import _options
 
 HELP = "figures for papers: strips, error maps, features, scatter plots"
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             results = dict(args.result)
             if len(results) < len(args.result):
-                raise ValueError("two of --result have the same name")
+                raise UsageError("two of --result have the same name")
             shown = figures.pictures(args.hr, upscaler, lr_path=args.lr, results=results)
             if args.kind == "strip":
                 figure = figures.strip(shown, args.crop, upscaler.scale, args.hr.stem)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 
-from ._options import image_size
+from ..errors import UsageError
+from ._options import image_size, options_only
 
 HELP = "size and cost of the network, published and true; what a checkpoint holds"
 
@@ -43,16 +44,20 @@ def run(args: argparse.Namespace) -> int:
     names = ("scale", "module", "ablation", "channels", "segments", "segment_tokens")
     chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.checkpoint is None:
-        print(_cost(EFRDNConfig(**chosen), args.size, args.depth))
+        with options_only():
+            config = EFRDNConfig(**chosen)
+        print(_cost(config, args.size, args.depth))
         return 0
     from .. import checkpoint
 
     stored = checkpoint.load(args.checkpoint)
     changed = chosen.keys() - {"segments", "segment_tokens"}
     if changed:
-        raise ValueError(f"a checkpoint fixes {', '.join(sorted(changed))}; leave the option out")
+        raise UsageError(f"a checkpoint fixes {', '.join(sorted(changed))}; leave the option out")
     print(_record(checkpoint.resolve(args.checkpoint), stored))
-    print(_cost(EFRDNConfig(**{**stored.config, **chosen}), args.size, args.depth))
+    with options_only():
+        config = EFRDNConfig(**{**stored.config, **chosen})
+    print(_cost(config, args.size, args.depth))
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ._options import options_only
+
 HELP = "train EFRDN on a folder of images"
 
 
@@ -83,17 +85,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_options(args: argparse.Namespace):
-    """`TrainOptions` and `RunOptions` of the preset and the flags."""
+    """`TrainOptions` and `RunOptions` of the preset and the flags.
+
+    Raises:
+        UsageError: One that is wrong, or a device that is not here.
+    """
     import dataclasses
 
+    from ..device import resolve_device
+    from ..distributed import world
     from ..options import PRESETS, RunOptions, TrainOptions
 
-    given = vars(args)
-    chosen = {f.name: given[f.name] for f in dataclasses.fields(TrainOptions) if f.name in given}
-    run_options = RunOptions(
-        **{f.name: given[f.name] for f in dataclasses.fields(RunOptions) if f.name in given}
-    )
-    return TrainOptions(**{**PRESETS[args.preset], **chosen}), run_options
+    def given(record: type) -> dict:
+        return {f.name: vars(args)[f.name] for f in dataclasses.fields(record) if f.name in args}
+
+    with options_only():
+        run_options = RunOptions(**given(RunOptions))
+        options = TrainOptions(**{**PRESETS[args.preset], **given(TrainOptions)})
+    resolve_device(world().device(run_options.device))
+    return options, run_options
 
 
 def run(args: argparse.Namespace) -> int:

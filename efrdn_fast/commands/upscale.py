@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..errors import UsageError
 from . import _options
 
 HELP = "upscale image files, folders and videos"
@@ -135,7 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     inputs = args.inputs + args.input
     if not inputs:
-        args.usage_error("no input: name an image or a folder")
+        raise UsageError("no input: name an image or a folder")
     from tqdm import tqdm
 
     from ..batch import plan, process
@@ -149,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     start, here = time.perf_counter(), world()
     piped = args.output == STREAM
     if piped and sys.stdout.isatty():
-        args.usage_error("standard output is a terminal: redirect it to a file or a program")
+        raise UsageError("standard output is a terminal: redirect it to a file or a program")
     notes = sys.stderr if piped else sys.stdout
     upscaler = Upscaler(
         args.scale,
@@ -162,17 +163,14 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         backend=args.backend,
     )
-    try:
-        jobs = plan(
-            inputs,
-            args.output,
-            scale=upscaler.scale,
-            suffix=args.suffix,
-            ext=args.ext,
-            recursive=args.recursive,
-        )
-    except ValueError as error:
-        args.usage_error(str(error))
+    jobs = plan(
+        inputs,
+        args.output,
+        scale=upscaler.scale,
+        suffix=args.suffix,
+        ext=args.ext,
+        recursive=args.recursive,
+    )
     # Under torchrun every process upscales its share of the images.
     jobs = [job for job in jobs if here.owns(str(job.source))]
     video_options = VideoOptions(args.video_codec, args.crf)
