@@ -18,7 +18,7 @@ static_assert(kTileW == kWarp);
 
 enum class Mode {
   kForward,  // out = side + relu(conv + bias); side: x
-  kMask,     // out = side where conv + bias > 0, else 0; side: the gradient of y
+  kMask,     // out = relu_backward(conv + bias, side); side: the gradient of y
   kInput,    // out = side + transposed conv; side: the gradient of y
 };
 
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads) acrb_conv_kernel(const ConvParams p)
     float value = shared.result[position][o];
     if (mode != Mode::kInput) value += weight_at<Weight>(p.bias, channel, p.float_weights);
     if (mode == Mode::kForward) value = side + relu(value);
-    if (mode == Mode::kMask) value = value > 0.f ? side : 0.f;
+    if (mode == Mode::kMask) value = relu_backward(value, side);
     if (mode == Mode::kInput) value += side;
     *out = from_float<Out>(value);
   }

@@ -103,7 +103,7 @@ void backward(const AcrbBackwardArgs& a, int64_t begin, int64_t end, float* scra
         conv_row<kD>(around(0, row), f.w, d, d, f.weight, f.bias, conv + kPad, stride);
         for (int c = 0; c < d; ++c)
           for (int64_t at = c * stride + kPad; at < c * stride + kPad + f.w; at += kLanes)
-            store(g + at, where_positive(load(conv + at), load(y + at)));
+            store(g + at, relu_backward(load(conv + at), load(y + at)));
       } else {
         memset(g, 0, row_bytes);
       }

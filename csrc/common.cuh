@@ -98,6 +98,9 @@ __device__ inline float relu(float x) {
 #endif
 }
 
+// The gradient behind a ReLU in front of it: 0 where gate <= 0, so a NaN passes it as in PyTorch.
+__device__ inline float relu_backward(float gate, float grad) { return gate <= 0.f ? 0.f : grad; }
+
 template <int Bytes>
 struct Word;
 template <>

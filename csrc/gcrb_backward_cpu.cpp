@@ -55,8 +55,11 @@ EFRDN_FAST_INLINE void part2_gradient(const Work<D, T>& k, int64_t row, const Su
                              sums.w3, sums.b3);
                load_transposed(r, k.tile, kLanes, count, kLanes);
              });
-    for (int m = 0; m < k.d.m(); ++m)
-      store(out + m * stride, where_positive(load(k.block + m * kLanes), load(out + m * stride)));
+    for (int m = 0; m < k.d.m(); ++m) {
+      // Zero beyond column w, also where a weight is not finite.
+      const V g2 = relu_backward(load(k.block + m * kLanes), load(out + m * stride));
+      store(out + m * stride, count == kLanes ? g2 : keep(g2, count));
+    }
   }
 }
 
@@ -88,7 +91,7 @@ EFRDN_FAST_INLINE void part1_gradient(const Work<D, T>& k, int64_t row) {
       const int64_t at = m * k.stride() + kPad;
       const float* rows[3] = {k.g2_row(row - 1) + at, k.g2_row(row) + at, k.g2_row(row + 1) + at};
       const V g = depthwise(rows, j, k.w2_turned + 9 * m, zero());
-      const V g1 = where_positive(load(k.mid_row(row) + at + j), g);
+      const V g1 = relu_backward(load(k.mid_row(row) + at + j), g);
       store(k.block + m * kLanes, g1);
       store(k.sums.b1 + m * kLanes, add(load(k.sums.b1 + m * kLanes), g1));
     }

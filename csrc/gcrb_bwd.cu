@@ -109,9 +109,9 @@ __global__ void __launch_bounds__(kThreads)
       expand<L>(reached, w3, b3, z);
       raw.to_floats(g3);
 #pragma unroll
-      for (int v = 0; v < L::kVec; v++) g3[v] = z[v] > 0.f ? g3[v] : 0.f;
+      for (int v = 0; v < L::kVec; v++) g3[v] = relu_backward(z[v], g3[v]);
       squeeze<L>(g3, w3, g2);
-      g2[0] = q[0] > 0.f ? g2[0] : 0.f;
+      g2[0] = relu_backward(q[0], g2[0]);
       if (valid) grad[position][lane] = g2[0];
       if (valid && r >= 1 && r <= kH && c >= 1 && c <= kTileW) {
 #pragma unroll
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < 9; k++)
       g1[0] = fmaf(w2[k], grad[(r + 2 - k / 3) * kGradW + c + 2 - k % 3][lane], g1[0]);
-    g1[0] = mid[(r + 2) * kMidW + c + 2][lane] > 0.f ? g1[0] : 0.f;
+    g1[0] = relu_backward(mid[(r + 2) * kMidW + c + 2][lane], g1[0]);
     float reached[L::kReach], x[L::kVec], gx[L::kVec];
     gather<L>(g1, reached);
     sums[kB1] += g1[0];

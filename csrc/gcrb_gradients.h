@@ -33,7 +33,7 @@ EFRDN_FAST_INLINE void open_gradient(const D& d, Chunk chunk, const float* block
       else
         acc = fma(value, load(w + m * kLanes), acc);
     });
-    const V g3 = where_positive(acc, load_some(grad_y + p * step + chunk * kLanes, rest));
+    const V g3 = relu_backward(acc, load_some(grad_y + p * step + chunk * kLanes, rest));
     store(tile + p * kLanes, g3);
     total = add(total, g3);
     each_mid(d, chunk, [&](auto m) EFRDN_FAST_LAMBDA {

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int v = 0; v < L::kVec; v++) {
     const int channel = lane * L::kVec + v;
-    var[v] = fmaxf(var[v] / stat.count, 0.f);
+    var[v] = relu(var[v] / stat.count);  // keeps NaN
     if (blockIdx.x == 0 && slot == 0 && channel < sizes.c) {
       p.mean[2 * sizes.m + channel] = mean[v];
       p.var[2 * sizes.m + channel] = var[v];

@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads)
           .to_floats(grad);
 #pragma unroll
       for (int v = 0; v < L::kVec; v++) {
-        if (!(norm3[v].apply(z[v]) > 0.f)) continue;
+        if (norm3[v].apply(z[v]) <= 0.f) continue;
         sums[v] += grad[v];
         sums[L::kVec + v] = fmaf(grad[v], norm3[v].hat(z[v]), sums[L::kVec + v]);
       }
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads)
           .to_floats(grad);
 #pragma unroll
       for (int v = 0; v < L::kVec; v++) {
-        const float masked = norm3[v].apply(z[v]) > 0.f ? grad[v] : 0.f;
+        const float masked = relu_backward(norm3[v].apply(z[v]), grad[v]);
         grad[v] = at.inside ? norm_backward(norm3[v], masked, norm3[v].hat(z[v]), means.grad[v],
                                             means.grad_hat[v])
                             : 0.f;
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads)
           sums[kW3 + r * L::kVec + v] = fmaf(grad[v], reached[r], sums[kW3 + r * L::kVec + v]);
       }
       squeeze<L>(grad, w3, grad2);
-      grad2[0] = q[0] > 0.f ? grad2[0] : 0.f;
+      grad2[0] = relu_backward(q[0], grad2[0]);
       sums[0] += grad2[0];
       sums[1] = fmaf(grad2[0], norm2.hat(z2), sums[1]);
       if (exists) p.grad2[at.index * sizes.m + lane] = grad2[0];
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads)
         grad1 = fmaf(w2[k], g, grad1);
         sums[kW2 + k] = fmaf(mid, g, sums[kW2 + k]);
       }
-      grad1 = mid > 0.f ? grad1 : 0.f;
+      grad1 = relu_backward(mid, grad1);
       sums[0] += grad1;
       sums[1] = fmaf(grad1, norm1.hat(z1[0]), sums[1]);
       if (lane < sizes.m) p.grad1[at.index * sizes.m + lane] = grad1;

@@ -262,7 +262,7 @@ void train_mid_backward(const GcrbTrainArgs& t, int64_t begin, int64_t end, floa
           V g = add(load(at), set1(t.offset[m]));
           for (int64_t k = 0; k < mg; ++k)
             g = fma(set1(-t.mix[m * mg + k]), load(block + (m / mg * mg + k) * kLanes), g);
-          store(at, where_positive(load(block + m * kLanes), g));  // m2 is zero beyond column w
+          store(at, relu_backward(load(block + m * kLanes), g));  // m2 is zero beyond column w
         }
       }
       for (int64_t m = 0; m < a.m; ++m) {
@@ -308,7 +308,7 @@ void train_depthwise_backward(const GcrbTrainArgs& t, int64_t begin, int64_t end
         const float* grad[3] = {d2.at(row - 1) + at, d2.at(row) + at, d2.at(row + 1) + at};
         float* g1 = t.g1 + image + row * map_row(a) + at;
         for (int64_t j = 0; j < a.w; j += kLanes)
-          store(g1 + j, where_positive(load(mid[1] + j), depthwise(grad, j, turned + 9 * m, zero())));
+          store(g1 + j, relu_backward(load(mid[1] + j), depthwise(grad, j, turned + 9 * m, zero())));
         depthwise_sums(mid, grad[1], a.w, sums + 9 * m * kLanes);
         norm_sums(g1, t.a1 + image + row * map_row(a) + at, t.norm1.mean[m], t.norm1.rstd[m], a.w,
                   sums + (9 * a.m + m) * kLanes, sums + (10 * a.m + m) * kLanes);

@@ -139,7 +139,7 @@ struct Work {
         }
         store(to_a + j * a.grad_a.stride_w + c, da);
         if (f.join == Join::kOne) continue;
-        if (f.relu) db = where_positive(load(from_b + j * f.b.stride_w + c), db);
+        if (f.relu) db = relu_backward(load(from_b + j * f.b.stride_w + c), db);
         store(to_b + j * a.grad_b.stride_w + c, db);
       }
       if (f.gate == Gate::kPixel) {

@@ -43,16 +43,17 @@ struct Bottleneck {
                     op, ": weights must be [m, ", c, "], [m], [", c, ", m], [", c, "]");
   }
 
-  // hidden [m] before the ReLU and gate [c] of one statistic
+  // hidden [m] behind the ReLU, which keeps NaN, and gate [c] of one statistic
   void forward(const float* statistic, double* hidden, double* gate) const {
     for (int64_t k = 0; k < m; ++k) {
       hidden[k] = floats(b1)[k];
       for (int64_t i = 0; i < c; ++i) hidden[k] += double{floats(w1)[k * c + i]} * statistic[i];
+      if (hidden[k] <= 0.0) hidden[k] = 0.0;
     }
     for (int64_t i = 0; i < c; ++i) {
       double z = floats(b2)[i];
       for (int64_t k = 0; k < m; ++k)
-        z += floats(w2)[i * m + k] * (hidden[k] > 0.0 ? hidden[k] : 0.0);
+        z += floats(w2)[i * m + k] * hidden[k];
       gate[i] = 1.0 / (1.0 + std::exp(-z));
     }
   }
@@ -129,9 +130,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> calibrate_backward(Tensor gra
         const double z = sums[i] / 2.0 * gate[i] * (1.0 - gate[i]);
         grad_b2[i] += z;
         for (int64_t k = 0; k < m; ++k) {
-          if (!(hidden[k] > 0.0)) continue;
           grad_w2[i * m + k] += z * hidden[k];
-          inner[k] += z * floats(net.w2)[i * m + k];
+          if (hidden[k] != 0.0) inner[k] += z * floats(net.w2)[i * m + k];
         }
       }
       for (int64_t k = 0; k < m; ++k) {

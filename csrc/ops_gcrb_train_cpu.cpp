@@ -158,7 +158,7 @@ struct Call {
         for (int64_t j = 0; j < mg; ++j)
           out[c + o] += weight * floats(w3)[o * mg + j] * mid[m + channel * mg + j];
       }
-    for (int64_t o = 0; o < c; ++o) out[c + o] = out[c + o] > 0.0 ? out[c + o] : 0.0;
+    for (int64_t o = 0; o < c; ++o) out[c + o] = out[c + o] < 0.0 ? 0.0 : out[c + o];
     return out;
   }
 };

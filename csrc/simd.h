@@ -64,9 +64,9 @@ EFRDN_FAST_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 EFRDN_FAST_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 // max returns its second operand for NaN, so ReLU keeps NaN as PyTorch's does.
 EFRDN_FAST_INLINE V relu(V a) { return _mm512_max_ps(zero(), a); }
-// value where gate > 0, else 0
-EFRDN_FAST_INLINE V where_positive(V gate, V value) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate, zero(), _CMP_GT_OQ), value);
+// The gradient behind a ReLU in front of it: 0 where gate <= 0, so a NaN passes it as in PyTorch.
+EFRDN_FAST_INLINE V relu_backward(V gate, V grad) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate, zero(), _CMP_NLE_UQ), grad);
 }
 EFRDN_FAST_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 EFRDN_FAST_INLINE V keep(V a, int n) { return _mm512_maskz_mov_ps(first(n), a); }
@@ -183,8 +183,8 @@ EFRDN_FAST_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 EFRDN_FAST_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 EFRDN_FAST_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 EFRDN_FAST_INLINE V relu(V a) { return _mm256_max_ps(zero(), a); }
-EFRDN_FAST_INLINE V where_positive(V gate, V value) {
-  return _mm256_and_ps(_mm256_cmp_ps(gate, zero(), _CMP_GT_OQ), value);
+EFRDN_FAST_INLINE V relu_backward(V gate, V grad) {
+  return _mm256_and_ps(_mm256_cmp_ps(gate, zero(), _CMP_NLE_UQ), grad);
 }
 EFRDN_FAST_INLINE __m256i first(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -293,7 +293,7 @@ EFRDN_FAST_INLINE V sub(V a, V b) { return a - b; }
 EFRDN_FAST_INLINE V mul(V a, V b) { return a * b; }
 EFRDN_FAST_INLINE V fma(V a, V b, V c) { return a * b + c; }
 EFRDN_FAST_INLINE V relu(V a) { return a < zero() ? zero() : a; }
-EFRDN_FAST_INLINE V where_positive(V gate, V value) { return gate > zero() ? value : zero(); }
+EFRDN_FAST_INLINE V relu_backward(V gate, V grad) { return gate <= zero() ? zero() : grad; }
 EFRDN_FAST_INLINE V keep(V a, int n) {
   for (int i = 0; i < kLanes; ++i) a[i] = i < n ? a[i] : 0.0f;
   return a;

@@ -234,7 +234,14 @@ GCRB = (
     GcrbCase((2, 48, 11, 13), groups=4),
     GcrbCase((1, 32, 9, 31), groups=8, layout="contiguous"),
 )
-GCRB_TRAIN = tuple(GcrbTrainCase(*astuple(case)) for case in GCRB if case.shape[2:] != (1, 1))
+GCRB_TRAIN = (
+    *(GcrbTrainCase(*astuple(case)) for case in GCRB if case.shape[2:] != (1, 1)),
+    # few values of a channel
+    GcrbTrainCase((2, 32, 1, 1)),
+    GcrbTrainCase((1, 32, 1, 2), layout="sliced"),
+    GcrbTrainCase((2, 12, 2, 2), layout="contiguous", groups=1, mid=3),
+    GcrbTrainCase((1, 32, 4, 4)),
+)
 
 GCRB_CHAIN = (
     GcrbChainCase((1, 32, 1, 1)),

@@ -32,7 +32,7 @@ from ._gcrb_tiles import (
     store_pixel,
     sum_pixels,
 )
-from ._launch import empty_map, launch, map_strides, readable, strip
+from ._launch import empty_map, launch, map_strides, readable, relu, relu_backward, strip
 from ._reduce import sum_rows
 
 __all__ = ["gcrb_backward"]
@@ -84,7 +84,7 @@ def _gcrb_bwd_expand_kernel(
                 e = expand(done, w3, b3, i * MG, MG, CHUNKS)
                 g3 = ()
                 for h in tl.static_range(CHUNKS):
-                    g3 += (tl.where(e[h] > 0, grad[h].to(tl.float32), 0.0),)
+                    g3 += (relu_backward(e[h], grad[h].to(tl.float32)),)
                 new_w3 = ()
                 new_b3 = ()
                 for h in tl.static_range(CHUNKS):
@@ -96,10 +96,10 @@ def _gcrb_bwd_expand_kernel(
                     products = g3[0] * w3[m * CHUNKS]
                     for h in tl.static_range(1, CHUNKS):
                         products += g3[h] * w3[m * CHUNKS + h]
-                    g2 = tl.where(a > 0, tl.sum(products, axis=1), 0.0)
+                    g2 = relu_backward(a, tl.sum(products, axis=1))
                     new_b2 += (grad_b2[m] + g2,)
                     g2s += (g2,)
-                    inner = tl.maximum(a, 0.0)[:, None]
+                    inner = relu(a)[:, None]
                     for h in tl.static_range(CHUNKS):
                         new_w3 += (grad_w3[m * CHUNKS + h] + g3[h] * inner,)
                 store_mids(g2_row + i * G * MG, g2s, ok & (g < G), MG)
@@ -177,7 +177,7 @@ def _gcrb_bwd_squeeze_kernel(
         new_w1 = ()
         new_b1 = ()
         for m in tl.static_range(MG):
-            each = tl.where(mids[m] > 0, back[m], 0.0)
+            each = relu_backward(mids[m], back[m])
             g1 += (each,)
             new_b1 += (grad_b1[m] + each,)
             for h in tl.static_range(CHUNKS):

@@ -43,7 +43,7 @@ from ._gcrb_tiles import (
     sum_pixels,
 )
 from ._gcrb_train_outer import gcrb_train_bwd_expand_kernel, gcrb_train_bwd_sums_kernel
-from ._launch import empty_map, launch, map_strides, readable, relu, strip
+from ._launch import empty_map, launch, map_strides, readable, relu, relu_backward, strip
 from ._reduce import sum_rows
 
 __all__ = ["gcrb_train_backward"]
@@ -136,7 +136,7 @@ def _gcrb_train_bwd_depthwise_kernel(
         new_beta = ()
         new_gamma = ()
         for m in tl.static_range(MG):
-            each = tl.where(mids[m] > 0, back[m], 0.0)
+            each = relu_backward(mids[m], back[m])
             g1 += (each,)
             new_beta += (grad_beta[m] + each,)
             new_gamma += (grad_gamma[m] + each * zhat1[m],)

@@ -26,7 +26,7 @@ from ._gcrb_tiles import (
     store_mids,
     sum_pixels,
 )
-from ._launch import relu, strip
+from ._launch import relu, relu_backward, strip
 
 __all__ = ["gcrb_train_bwd_expand_kernel", "gcrb_train_bwd_sums_kernel"]
 
@@ -116,8 +116,8 @@ def gcrb_train_bwd_sums_kernel(
                 new_gamma = ()
                 for h in tl.static_range(CHUNKS):
                     zhat3 = (z3[h] - mean3[h]) * scale3[h]
-                    passed = gamma3[h] * zhat3 + beta3[h] > 0
-                    g3 = tl.where(passed, grad[h].to(tl.float32), 0.0)
+                    e = gamma3[h] * zhat3 + beta3[h]
+                    g3 = relu_backward(e, grad[h].to(tl.float32))
                     new_beta += (grad_beta[h] + g3,)
                     new_gamma += (grad_gamma[h] + g3 * zhat3,)
                 grad_beta = new_beta
@@ -195,8 +195,8 @@ def gcrb_train_bwd_expand_kernel(
         g3 = ()
         for h in tl.static_range(CHUNKS):
             zhat3 = (z3[h] - mean3[h]) * scale3[h]
-            passed = gamma3[h] * zhat3 + beta3[h] > 0
-            each = tl.where(passed, grad[h].to(tl.float32), 0.0)
+            e = gamma3[h] * zhat3 + beta3[h]
+            each = relu_backward(e, grad[h].to(tl.float32))
             each = factor3[h] * (each - share * (betas[h] + zhat3 * gammas[h]))
             g3 += (tl.where(ok[:, None], each, 0.0),)
         back = project(g3, w3, MG, CHUNKS)
@@ -205,11 +205,11 @@ def gcrb_train_bwd_expand_kernel(
         new_gamma = ()
         new_w3 = ()
         for m in tl.static_range(MG):
-            g2 = tl.where(q[m] > 0, back[m], 0.0)
+            g2 = relu_backward(q[m], back[m])
             g2s += (g2,)
             new_beta += (grad_beta[m] + g2,)
             new_gamma += (grad_gamma[m] + g2 * zhat2[m],)
-            inner = tl.maximum(q[m], 0.0)[:, None]
+            inner = relu(q[m])[:, None]
             for h in tl.static_range(CHUNKS):
                 new_w3 += (grad_w3[m * CHUNKS + h] + g3[h] * inner,)
         store_mids(g2_row, g2s, ok, MG)

@@ -25,6 +25,7 @@ __all__ = [
     "readable",
     "record",
     "relu",
+    "relu_backward",
     "strip",
 ]
 
@@ -118,6 +119,12 @@ def empty_map(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> 
 def relu(x):
     """max(x, 0) that keeps NaN, as PyTorch's does."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def relu_backward(gate, grad):
+    """The gradient behind a ReLU in front of it: a NaN in `gate` passes it, as in PyTorch."""
+    return tl.where(gate <= 0, 0.0, grad)
 
 
 # The interpreter keeps bfloat16 as raw bits and would multiply those.

@@ -35,6 +35,7 @@ from ._token_tiles import (
     zero_blocks,
 )
 from ._token_weights import MEAN, OFFSET, OPTIONS, RSTD, SLOPE, STATS, TILE, outer_sums
+from .reference import relu_backward
 
 __all__ = ["token_fold_backward", "token_hidden_backward", "token_qkv_backward"]
 
@@ -296,7 +297,7 @@ def token_hidden_backward(
 ) -> tuple[Tensor, ...]:
     """Launcher of `efrdn_fast::token_hidden_backward`; `h` is what the forward gave."""
     x, a = readable(x), a.contiguous()
-    grad = (grad * (h > 0)).to(x.dtype).contiguous()
+    grad = relu_backward(grad, h).to(x.dtype).contiguous()
     proj = proj_weight.to(x.dtype).contiguous(), proj_bias.contiguous()
     grad_x, grad_a, *grads, grad_proj, grad_bias = _normed_backward(
         x, a, grad, proj, fc1_weight, gamma, beta, eps, precision(x, tf32)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gcrb_moments import add_moments, merge_moments, row_size, store_moments, sum_inner_rows
-from ._launch import empty_map, launch, readable, relu
+from ._launch import empty_map, launch, readable, relu, relu_backward
 from ._pixel_tiles import (
     chunks_of,
     load_channels,
@@ -149,8 +149,8 @@ def _calibrate_gates_bwd_kernel(
         w1, b1, w2 = _layers(w1_ptr, b1_ptr, w2_ptr, first, C, M, CB, MB)
         hidden_mean = _hidden(w1, b1, mean)
         hidden_std = _hidden(w1, b1, std)
-        in_mean = tl.where(hidden_mean > 0, tl.sum(w2 * out_mean[None, :], axis=1), 0.0)
-        in_std = tl.where(hidden_std > 0, tl.sum(w2 * out_std[None, :], axis=1), 0.0)
+        in_mean = relu_backward(hidden_mean, tl.sum(w2 * out_mean[None, :], axis=1))
+        in_std = relu_backward(hidden_std, tl.sum(w2 * out_std[None, :], axis=1))
         grad_mean += tl.sum(w1 * in_mean[:, None], axis=0)
         grad_std += tl.sum(w1 * in_std[:, None], axis=0)
         grad_w1 = in_mean[:, None] * mean[None, :] + in_std[:, None] * std[None, :]

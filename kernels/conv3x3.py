@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import _configs
 from . import reference as _reference
-from ._launch import dot, empty_map, launch, map_strides, readable, relu, strip
+from ._launch import dot, empty_map, launch, map_strides, readable, relu, relu_backward, strip
 from ._precision import convolution_tf32
 
 __all__ = [
@@ -204,7 +204,7 @@ def _conv3x3_kernel(
                     mask = ok if LEAD > 0 else wanted
                     residual = tl.load(r_row + i * stride_rw, mask=mask, other=0.0)
                     if GATE:
-                        out = tl.where(out > 0, residual.to(tl.float32), 0.0)
+                        out = relu_backward(out, residual.to(tl.float32))
                     else:
                         out += residual.to(tl.float32)
                 tl.store(y_row + i * stride_yw, out.to(dtype), mask=wanted)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _configs, _gcrb_train_bwd
+from . import reference as _reference
 from ._gcrb_moments import (
     add_moments,
     inner_values,
@@ -225,7 +226,7 @@ def _gcrb_train_output_kernel(
             for s in tl.static_range(MG):
                 cov = spread(covariances[m * MG + s], Q)[:, None]
                 var += w * w3[(m + s) % MG * CHUNKS + h] * cov
-        var = tl.maximum(var, 0.0)
+        var = relu(var)  # keeps NaN
         c = h * K + tl.arange(0, K)
         real = ((row < GP) & (g < G))[:, None] & (c < CG)[None, :]
         at = 2 * M + g[:, None] * CG + c[None, :]
@@ -268,6 +269,9 @@ def gcrb_train(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launcher of `efrdn_fast::gcrb_train`; arguments are valid."""
+    if _reference.few_values(x):
+        params = w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3
+        return _reference.gcrb_train(x, *params, groups, eps)
     x = readable(x)
     n, c, h, w = x.shape
     mid = w1.shape[0]
@@ -342,4 +346,6 @@ def gcrb_train_backward(
 ) -> tuple[Tensor, ...]:
     """Launcher of `efrdn_fast::gcrb_train_backward`: gradients of x and of the nine parameters."""
     params = (w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3)
+    if _reference.few_values(x):
+        return _reference.gcrb_train_backward(grad_y, x, *params, mean, var, groups, eps)
     return _gcrb_train_bwd.gcrb_train_backward(grad_y, x, params, mean, var, groups, eps)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import empty_map, launch, readable, relu
+from ._launch import empty_map, launch, readable, relu, relu_backward
 from ._pixel_tiles import (
     chunks_of,
     load_channels,
@@ -105,7 +105,7 @@ def _part_kernel(
             grad, grad_b = tl.split(both.reshape(P, CB, 2))
             if RELU:
                 b = load_tile(b_ptr + n * stride_bn, pixel, ok, W, stride_bh, stride_bw, C, CB)
-                grad_b = tl.where(b <= 0, 0.0, grad_b)
+                grad_b = relu_backward(b, grad_b)
             store_tile(grad_b_ptr + n * pixels * C, grad_b, pixel, ok, C, CB)
         if GATE:
             a = load_tile(a_ptr + n * stride_an, pixel, ok, W, stride_ah, stride_aw, C, CB)

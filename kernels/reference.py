@@ -19,13 +19,29 @@ __all__ = [
     "conv3x3",
     "conv3x3_backward",
     "conv_backward",
+    "few_values",
     "gcrb",
     "gcrb_backward",
     "gcrb_chain",
     "gcrb_train",
     "gcrb_train_backward",
     "nhwc_strides",
+    "relu_backward",
 ]
+
+
+FEW_VALUES = 16
+
+
+def few_values(x: Tensor) -> bool:
+    """Whether a batch is so small that every backend of `gcrb_train` calls the one of this module.
+
+    Of two values BatchNorm makes -1 and 1 whatever they are, if mean and variance are those of the
+    very values that it normalises, and its gradient cancels. The fused kernels know the statistics
+    more exactly and the values by another route; the difference, of rounding, is divided by the
+    deviation: of two values up to 23 times the tolerance, in gradients 300 times.
+    """
+    return x.shape[0] * x.shape[2] * x.shape[3] < FEW_VALUES
 
 
 def nhwc_strides(y: Tensor) -> Tensor:
@@ -55,6 +71,11 @@ def conv_backward(
     return grad_x, grad_weight.contiguous()  # oneDNN gives NHWC memory where the maps have it
 
 
+def relu_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """`grad` in front of a ReLU; `y`: its argument or its result. A NaN passes the gradient."""
+    return torch.ops.aten.threshold_backward(grad, y, 0)
+
+
 def _channel_sum(grad: Tensor, like: Tensor) -> Tensor:
     return grad.sum((0, 2, 3), dtype=like.dtype)
 
@@ -69,11 +90,11 @@ def gcrb_backward(grad_y, x, w1, b1, w2, b2, w3, b3, groups):
     mid = v2.shape[0]
     a1 = F.relu(F.conv2d(x, v1, c1, groups=groups))
     a2 = F.relu(F.conv2d(a1, v2, c2, padding=1, groups=mid))
-    g3 = grad_y * (F.conv2d(a2, v3, c3, groups=groups) > 0)
+    g3 = relu_backward(grad_y, F.conv2d(a2, v3, c3, groups=groups))
     g2, grad_w3 = conv_backward(g3, a2, v3, groups)
-    g2 = g2 * (a2 > 0)
+    g2 = relu_backward(g2, a2)
     g1, grad_w2 = conv_backward(g2, a1, v2, mid, padding=1)
-    g1 = g1 * (a1 > 0)
+    g1 = relu_backward(g1, a1)
     g0, grad_w1 = conv_backward(g1, x, v1, groups)
     return (
         nhwc_strides(grad_y + g0),
@@ -92,50 +113,53 @@ def gcrb_chain(x, params, groups):
 
 
 def gcrb_train(x, w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3, groups, eps):
-    v1, v2, v3 = (w.to(x.dtype) for w in (w1, w2, w3))
-    y, mean, var = reference.gcrb_train(
-        x, v1, gamma1, beta1, v2, gamma2, beta2, v3, gamma3, beta3, groups=groups, eps=eps
-    )
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return nhwc_strides(y), mean.to(dtype), var.to(dtype)
+    params = _batch_params(x, w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3)
+    y, mean, var = reference.gcrb_train(x, *params, groups=groups, eps=eps)
+    return nhwc_strides(y), mean, var
+
+
+def _batch_params(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+    """Weights in the dtype of `x`, gammas and betas in that of the statistics: float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return tuple(p.to(wide if i % 3 else x.dtype) for i, p in enumerate(params))
 
 
 def gcrb_train_backward(
     grad_y, x, w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3, mean, var, groups, eps
 ):
-    v1, v2, v3 = (w.to(x.dtype) for w in (w1, w2, w3))
-    mid, channels = v2.shape[0], v3.shape[0]
-    means, variances = mean.split([mid, mid, channels]), var.split([mid, mid, channels])
+    params = w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3
+    v1, gamma1, beta1, v2, gamma2, beta2, v3, gamma3, beta3 = _batch_params(x, *params)
+    mid = v2.shape[0]
 
-    def norm(z, i, gamma, beta):
-        mean, var = means[i].to(gamma.dtype), variances[i].to(gamma.dtype)
-        return F.batch_norm(z, mean, var, gamma, beta, False, 0.0, eps)
+    # Statistics anew, not those saved: of few values the gradient cancels but for the rounding of
+    # mean and deviation, so they must be those of the very values here.
+    def norm(z, gamma, beta):
+        return torch.native_batch_norm(z, gamma, beta, None, None, True, 0.0, eps)
 
-    def norm_backward(grad, z, i, gamma):
-        mean, invstd = means[i], (variances[i] + eps).rsqrt()
+    def norm_backward(grad, z, gamma, stats):
         return torch.ops.aten.native_batch_norm_backward(
-            grad, z, gamma, None, None, mean, invstd, True, eps, [True, True, True]
+            grad, z, gamma, None, None, *stats, True, eps, [True, True, True]
         )
 
     z1 = F.conv2d(x, v1, groups=groups)
-    a1 = F.relu(norm(z1, 0, gamma1, beta1))
+    y1, *stats1 = norm(z1, gamma1, beta1)
+    a1 = F.relu(y1)
     z2 = F.conv2d(a1, v2, padding=1, groups=mid)
-    a2 = F.relu(norm(z2, 1, gamma2, beta2))
+    y2, *stats2 = norm(z2, gamma2, beta2)
+    a2 = F.relu(y2)
     z3 = F.conv2d(a2, v3, groups=groups)
-    g3, grad_gamma3, grad_beta3 = norm_backward(
-        grad_y * (norm(z3, 2, gamma3, beta3) > 0), z3, 2, gamma3
-    )
+    y3, *stats3 = norm(z3, gamma3, beta3)
+    g3, grad_gamma3, grad_beta3 = norm_backward(relu_backward(grad_y, y3), z3, gamma3, stats3)
     g2, grad_w3 = conv_backward(g3, a2, v3, groups)
-    g2, grad_gamma2, grad_beta2 = norm_backward(g2 * (a2 > 0), z2, 1, gamma2)
+    g2, grad_gamma2, grad_beta2 = norm_backward(relu_backward(g2, a2), z2, gamma2, stats2)
     g1, grad_w2 = conv_backward(g2, a1, v2, mid, padding=1)
-    g1, grad_gamma1, grad_beta1 = norm_backward(g1 * (a1 > 0), z1, 0, gamma1)
+    g1, grad_gamma1, grad_beta1 = norm_backward(relu_backward(g1, a1), z1, gamma1, stats1)
     g0, grad_w1 = conv_backward(g1, x, v1, groups)
     grads = (
         *(grad_w1, grad_gamma1, grad_beta1),
         *(grad_w2, grad_gamma2, grad_beta2),
         *(grad_w3, grad_gamma3, grad_beta3),
     )
-    params = (w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3)
     return nhwc_strides(grad_y + g0), *(g.to(p.dtype) for g, p in zip(grads, params, strict=True))
 
 
@@ -151,7 +175,7 @@ def acrb_out(x, weight, bias, start, out, out_start):
 def acrb_backward(grad_y, x, weight, bias, start):
     v, c = weight.to(x.dtype), bias.to(x.dtype)
     s = x.narrow(1, start, v.shape[0])
-    g = grad_y * (F.conv2d(s, v, c, padding=1) > 0)
+    g = relu_backward(grad_y, F.conv2d(s, v, c, padding=1))
     grad_s, grad_weight = conv_backward(g, s, v, padding=1)
     grad_x = torch.zeros_like(x, memory_format=torch.channels_last)
     grad_x.narrow(1, start, v.shape[0]).copy_(grad_s).add_(grad_y)

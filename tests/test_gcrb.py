@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from efrdn_fast import blocks, cases, functional, reference, reparam
-from efrdn_fast.testing import case_id, check_backward, check_forward, make_input
+from efrdn_fast.testing import case_id, check_backward, check_forward, gradients, make_input
 
 HALF = (torch.float16, torch.bfloat16)
 FORWARD = [(case, torch.float32) for case in cases.GCRB]
@@ -87,6 +87,25 @@ def test_gcrb_train_forward(target, case, dtype):
 @pytest.mark.parametrize(("case", "dtype"), TRAIN, ids=case_id)
 def test_gcrb_train_backward(target, case, dtype):
     check_backward(case, dtype, *target)
+
+
+@pytest.mark.op("gcrb_train_backward")
+def test_gcrb_train_forward_and_backward_of_nan(target):
+    """A NaN shows in every statistic behind it, and in the gradients as on plain PyTorch."""
+    device, backend = target
+    case = cases.GcrbTrainCase((2, 12, 3, 3), groups=1, mid=3)
+    x, *params, groups, eps = case.args(torch.float32, device)
+    x[0, 5, 1, 1] = torch.nan
+    found = torch.ops.efrdn_fast.gcrb_train(x, *params, groups, eps, backend)
+    expected = case.reference(x, *params, groups, eps)
+    grad = make_input(x.shape, device=device, seed=7)
+    grads = torch.ops.efrdn_fast.gcrb_train_backward(
+        grad, x, *params, *found[1:], groups, eps, backend
+    )
+    plain = gradients(case.reference, grad)(x, *params, groups, eps)
+    for a, b in zip((*found, *grads), (*expected, *plain), strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+    assert found[2].isnan().all()
 
 
 @pytest.mark.op("gcrb_backward")
