@@ -89,20 +89,25 @@ def steps(out: Path, device: str = "cuda") -> list[Step]:
     def bench(*words: str) -> tuple[str, ...]:
         return (python, "-m", "bench.plain", *words, *on, "--results", str(out / "results"))
 
+    def checked(name: str, *words: str) -> tuple[str, ...]:
+        return (*verify, *words, "--json", str(out / f"{name}.json"))
+
     ladder = ("network", "--full", "--seconds", "1.5", "--cap", "15")
     sizes = ("x4-64x64-b1", "x4-128x128-b1", "x4-320x180-b1", "x4-480x270-b1")
     kernels = ("gcrb", "acrb", "conv3x3", "emha", "transformer", "gcrb_chain", "--seconds", "0.5")
     return [
         Step("environment", (*efrdn, "doctor", "--build"), 240, whole=True),
-        Step("verify", verify, 40),
+        Step("verify", checked("verify", "--no-benchmark"), 40),
         Step("ladder", bench(*ladder, "--variants", QUICK, "--match", *sizes), 120),
         Step("kernels", bench(*kernels), 70),
         Step("tests", (*pytest, "-k", "cuda or gpu or triton", *tests), 120, ("pytest",)),
         Step("training", bench("train", "--full", "--seconds", "2"), 50),
         Step("sanitizer", ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
-            *(sanitized if _have("pytest") else verify)), 50, ("bin:compute-sanitizer",)),
+            *(sanitized if _have("pytest") else (*verify, "--no-benchmark"))), 50,
+            ("bin:compute-sanitizer",)),
         Step("blocks", bench("blocks"), 20),
-        Step("quality", (*verify, "--benchmark", str(data), "--sets", "Set5"), 40, ("data",)),
+        Step("quality", checked("quality", "--benchmark", str(data), "--sets", "Set5"), 40,
+            ("data",)),
         Step("tuning", (python, "-m", "bench.tune", "--minutes", "1", "--folder",
             str(out / "configs"), "--ops", *TUNED), 75, ("triton",)),
         Step("peers", bench("peers", "--seconds", "2"), 40),

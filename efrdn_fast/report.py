@@ -1,12 +1,14 @@
-"""Results of `efrdn eval` as a table beside the paper's rows, and as JSON that can be repeated."""
+"""Results of `efrdn eval` as a table beside the paper's rows; as JSON, those of `verify` too."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -19,8 +21,9 @@ from .counts import count
 from .evaluate import Network, Score, SelfEnsemble, SetResult
 from .fast import EFRDNFast
 from .tables import paper_tables, render
+from .verify import Row
 
-__all__ = ["as_json", "results_table"]
+__all__ = ["as_json", "results_table", "verify_json"]
 
 PROTOCOL = (
     "uint8 RGB LR in, uint8 RGB SR out; Y = 16 + (65.481 R + 128.553 G + 24.966 B) / 255, "
@@ -106,18 +109,8 @@ def as_json(
         networks: Scale -> network, or None for bicubic only.
     """
     record = {
-        "efrdn_fast": __version__,
-        "command": "efrdn " + " ".join(sys.argv[1:]),
-        "arguments": dict(asked),
+        **_origin(asked),
         "protocol": PROTOCOL,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-        },
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
         "scales": {
             f"x{scale}": {
                 "network": _network(networks[scale]),
@@ -129,19 +122,64 @@ def as_json(
     return json.dumps(record, indent=1, default=str) + "\n"
 
 
+def verify_json(
+    asked: Mapping[str, object],
+    rows: Sequence[Row],
+    device: torch.device,
+    checkpoint: Path | None,
+    psnr_not_measured: str,
+) -> str:
+    """Every comparison of `efrdn verify`, with what it depends on.
+
+    Args:
+        asked: The command's arguments.
+        checkpoint: File of the weights; None: random ones.
+        psnr_not_measured: Why, or "".
+    """
+    record = {
+        **_origin(asked),
+        **_device(device),
+        "sha256": checkpoint and hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "psnr_not_measured": psnr_not_measured or None,
+        "failed": sum(not row.passed for row in rows),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    return json.dumps(record, indent=1, default=str) + "\n"
+
+
+def _origin(asked: Mapping[str, object]) -> dict:
+    """Command, versions and machine."""
+    return {
+        "efrdn_fast": __version__,
+        "command": "efrdn " + " ".join(sys.argv[1:]),
+        "arguments": {name: value for name, value in asked.items() if not callable(value)},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+        },
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _device(device: torch.device) -> dict:
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else platform.machine()
+    return {"device": str(device), "device_name": name}
+
+
 def _network(network: Network | None) -> dict | None:
     if network is None:
         return None
     upscaler = network.upscaler
-    device = upscaler.device
-    cuda = device.type == "cuda"
     return {
         "model": network.source,
         "sha256": network.sha256,
         "config": network.config,
         "training": network.training,
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        **_device(upscaler.device),
         "dtype": upscaler.dtype,
         **_served(upscaler.net),
     }

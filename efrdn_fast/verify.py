@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,15 +49,25 @@ class Row:
     figure: str
     """What was measured, with its unit."""
     passed: bool
+    values: Mapping[str, float] = field(default_factory=dict)
+    """The same as numbers, as far as there are any."""
 
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "FAILED"
         return f"{self.what:<12} {self.case:<22} {self.dtype:<5} {self.figure:<58} {verdict}"
 
 
-def check_ops(device: torch.device, backend: str = "auto") -> Iterator[Row]:
-    """Every op with kernels of its own, in every dtype, by the rule of `testing.assert_within`."""
-    dtypes = {"fp32": torch.float32, **HALF}
+def check_ops(
+    device: torch.device, backend: str = "auto", dtypes: Sequence[str] | None = None
+) -> Iterator[Row]:
+    """Every op with kernels of its own, by the rule of `testing.assert_within`.
+
+    Args:
+        dtypes: Of `DTYPES`; the ops of tf32 are checked in fp32. Default: fp32, fp16 and bf16.
+    """
+    kinds = {"fp32": torch.float32, **HALF}
+    wanted_kinds = kinds if dtypes is None else {"fp32" if d == "tf32" else d for d in dtypes}
+    dtypes = {name: dtype for name, dtype in kinds.items() if name in wanted_kinds}
     for shape in OP_SHAPES:
         for case in _cases(shape):
             serving = {impl.backend for impl in dispatch.implementations(case.op)}
@@ -67,7 +77,7 @@ def check_ops(device: torch.device, backend: str = "auto") -> Iterator[Row]:
                 taken = dispatch.choose(case.op, wanted, like)
                 try:
                     error = max(check_forward(case, dtype, str(device), taken))
-                    row = f"{taken}: max error {error:.2e}", True
+                    row = f"{taken}: max error {error:.2e}", True, {"max_error": error}
                 except AssertionError as failure:
                     row = f"{taken}: {failure}", False
                 yield Row(case.op, "x".join(map(str, shape)), name, *row)
@@ -125,15 +135,17 @@ def check_network(
                 error = (fast(x).double() - exact).abs()
                 base = (plain(x).double() - exact).abs().max().item()
             rms = error.square().mean().sqrt().item()
-            figure = f"max {error.max().item():.2e}, rms {rms:.2e}"
+            values = {"max_error": error.max().item(), "rms_error": rms}
+            figure = f"max {values['max_error']:.2e}, rms {rms:.2e}"
             if dtype in HALF:
                 passed = -20 * torch.tensor(rms).log10().item() >= NOISE_BOUND[dtype]
             else:
                 tolerance = TF32_TOLERANCE if dtype == "tf32" else TOLERANCES[torch.float32]
                 bound = 2 * base + tolerance * exact.abs().max().item()
-                passed = error.max().item() <= bound
+                passed = values["max_error"] <= bound
+                values["bound"] = bound
                 figure += f" (bound {bound:.2e})"
-            yield Row("network", f"{batch}x3x{height}x{width}", dtype, figure, passed)
+            yield Row("network", f"{batch}x3x{height}x{width}", dtype, figure, passed, values)
 
 
 def check_images(
@@ -162,7 +174,8 @@ def check_images(
     change = sum(differences) / len(differences)
     bound = PSNR_BOUND[dtype]
     figure = f"PSNR {change:+.5f} dB over {len(differences)} images (bound {bound})"
-    return Row(image_set.name, f"x{net.scale}", dtype, figure, abs(change) <= bound)
+    values = {"psnr_change": change, "images": len(differences), "bound": bound}
+    return Row(image_set.name, f"x{net.scale}", dtype, figure, abs(change) <= bound, values)
 
 
 def _plain(net: EFRDN) -> EFRDN:

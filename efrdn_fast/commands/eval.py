@@ -94,8 +94,7 @@ def _run(args: argparse.Namespace, here) -> int:
             print(results_table(results[scale], networks[scale]))
             print()
     if args.out and here.is_first:
-        asked = {key: value for key, value in vars(args).items() if not callable(value)}
-        atomic_write(args.out, as_json(asked, results, networks).encode())
+        atomic_write(args.out, as_json(vars(args), results, networks).encode())
         print(f"written: {args.out}")
     return 0
 
