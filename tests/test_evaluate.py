@@ -14,14 +14,13 @@ from PIL import Image
 
 from efrdn_fast import (
     EFRDN,
+    EFRDNFast,
     __version__,
     benchmarks,
     checkpoint,
     cli,
-    dispatch,
     evaluate,
     metrics,
-    packing,
 )
 from efrdn_fast.benchmarks import ImageSet, discover, find_pairs, load_pair, read_rgb
 from efrdn_fast.evaluate import SelfEnsemble, bicubic_y, evaluate_set
@@ -217,7 +216,10 @@ def test_network_and_json(photos, weights, run, tmp_path):
     assert network["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert network["training"] == {"steps": 7}
     assert (network["device"], network["dtype"], network["backend"]) == ("cpu", "auto", "auto")
-    assert network["plan"] == dispatch.plan(packing.OPS, "auto", torch.empty(0))
+    fast = EFRDNFast.from_pretrained(weights)
+    with torch.inference_mode():
+        fast(torch.rand(1, 3, 9, 9))
+    assert network["plan"] == fast.plan
     figures = record["scales"]["x2"]["sets"]["photos"]
     assert [image["name"] for image in figures["images"]] == ["p0", "p1"]
     lr = photos / "photos" / "LR_bicubic" / "X2" / "p0x2.png"

@@ -50,7 +50,10 @@ def flags(**options):
 
 def efrdn_train(photos, out, **options):
     """Exit status of `efrdn train` in this process."""
-    return main(["train", str(photos), f"--out={out}", "--no-tensorboard", *flags(**options)])
+    try:
+        return main(["train", str(photos), f"--out={out}", "--no-tensorboard", *flags(**options)])
+    except SystemExit as end:
+        return end.code
 
 
 def batch():
@@ -203,18 +206,18 @@ def test_resume_from_another_folder_leaves_a_checkpoint_in_its_own(photos, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "status", "message"),
     [
-        ({"device": "meta"}, "device 'meta' holds no data; use cpu or cuda"),
-        ({"device": "nope"}, "device 'nope' cannot be used here: "),
-        ({"autocast": "fp16"}, "autocast fp16 needs CUDA for its loss scaling; use bf16 or fp32"),
-        ({"init": "nope"}, "checkpoint 'nope' does not exist"),
+        ({"device": "meta"}, 2, "device 'meta' holds no data; use cpu or cuda"),
+        ({"device": "nope"}, 2, "device 'nope' cannot be used here: "),
+        ({"autocast": "fp16"}, 1, "autocast fp16 needs CUDA for its loss scaling; use bf16"),
+        ({"init": "nope"}, 1, "checkpoint 'nope' does not exist"),
     ],
 )
 def test_what_cannot_be_used_here_is_refused_before_anything_is_made(
-    photos, tmp_path, capsys, changes, message
+    photos, tmp_path, capsys, changes, status, message
 ):
-    assert efrdn_train(photos, tmp_path / "out", **changes) == 1
+    assert efrdn_train(photos, tmp_path / "out", **changes) == status
     captured = capsys.readouterr().err
     assert message in captured and "Traceback" not in captured
     assert not (tmp_path / "out").exists()

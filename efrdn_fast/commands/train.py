@@ -88,12 +88,10 @@ def chosen_options(args: argparse.Namespace):
     """`TrainOptions` and `RunOptions` of the preset and the flags.
 
     Raises:
-        UsageError: One that is wrong, or a device that is not here.
+        UsageError: One that is wrong.
     """
     import dataclasses
 
-    from ..device import resolve_device
-    from ..distributed import world
     from ..options import PRESETS, RunOptions, TrainOptions
 
     def given(record: type) -> dict:
@@ -102,7 +100,6 @@ def chosen_options(args: argparse.Namespace):
     with options_only():
         run_options = RunOptions(**given(RunOptions))
         options = TrainOptions(**{**PRESETS[args.preset], **given(TrainOptions)})
-    resolve_device(world().device(run_options.device))
     return options, run_options
 
 
