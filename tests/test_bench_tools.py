@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import compare, devices, groups, plain, records, report, roofline, smoke
-from bench.harness.store import Store
+from bench.harness.store import Store, load
 from bench.harness.work import ExpCounter, counted
 from efrdn_fast import EFRDN, cases, cli, reference
 from efrdn_fast.cases_attention import EmhaCase
@@ -286,6 +286,26 @@ def test_smoke_fails_below_its_floor(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["smoke", "--seconds", "0.05"])
     assert smoke.main() == 1
     assert "SLOWER" in capsys.readouterr().out
+
+
+def test_floors_of_the_smoke_stand_well_under_what_is_committed():
+    folder = records.RESULTS / "cpu-amd-epyc-2-threads"
+
+    def ms(op, case, variant):
+        rows = load(folder / f"{op}.json")["rows"]
+        key = case, variant, "measured"
+        (found,) = (r for r in rows if (r["case"], r["variant"], r["status"]) == key)
+        return found["p50_ms"]
+
+    pairs = {
+        "network": ("x4-64x64-b1", "eager-fp32", "ours-cpu-fp32"),
+        "gcrb": (str(cases.GCRB_BENCH[0]), "folded", "cpu"),
+    }
+    committed = {
+        op: ms(op, case, plain) / ms(op, case, ours) for op, (case, plain, ours) in pairs.items()
+    }
+    for name, floor in smoke.FLOORS.items():
+        assert 1.2 < floor < 0.75 * committed[name], (name, committed[name])
 
 
 def test_bench_command(capsys):
