@@ -325,7 +325,9 @@ class PackedTransformer:
         n, count, _ = t.shape
         # What is 9 C wide stays in the caches of a CPU; a GPU is better filled by one call.
         parts = t.flatten(0, 1).split(CPU_TOKENS if x.device.type == "cpu" else n * count)
-        qkv = torch.cat([F.linear(F.linear(self.norm(p, 0), self.reduce), self.qkv) for p in parts])
+        qkv = t.new_empty(n * count, len(self.qkv))
+        for part, out in zip(parts, qkv.split(len(parts[0])), strict=True):
+            torch.mm(F.linear(self.norm(part, 0), self.reduce), self.qkv.T, out=out)
         heads, length = self.emha.heads, self.emha.segment_length(count)
         attend = self.emha.attention
         if attention.is_plain(attend):
