@@ -120,18 +120,27 @@ class ImageCache:
 
 
 def build_cache(
-    images: Sequence[Path], scale: int, cache_dir: str | os.PathLike, *, strict: bool = False
+    images: Sequence[Path],
+    scale: int,
+    cache_dir: str | os.PathLike,
+    *,
+    strict: bool = False,
+    quiet: bool = False,
 ) -> ImageCache:
     """Decode `images` once (later calls reuse the result) and reduce them by `scale`.
+
+    An image that is unreadable or smaller than three LR pixels is left out, with a warning in
+    every call.
 
     Args:
         images: HR image files.
         scale: 2, 3 or 4.
         cache_dir: Folder that holds all caches; one sub-folder for every set of files and scale.
-        strict: Raise on an unreadable image instead of skipping it with a warning.
+        strict: Raise on such an image instead.
+        quiet: Do not warn, as another process does.
 
     Raises:
-        ValueError: `strict` and an image is unreadable, or no image could be read.
+        ValueError: `strict` and an image cannot be used, or none can.
         OSError: The cache cannot be written (no half-written cache stays).
     """
     stamps = [(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in images]
@@ -149,7 +158,31 @@ def build_cache(
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-    return ImageCache(folder)
+    cache = ImageCache(folder)
+    for entry in cache.skipped:
+        if strict:
+            raise ValueError(
+                f"image {entry['path']} cannot be used: {entry['reason']} (so says {folder}; "
+                "remove it to look again)"
+            )
+        if not quiet:
+            warnings.warn(f"image {entry['path']} is left out: {entry['reason']}")
+    return cache
+
+
+def _decode(path: Path, scale: int) -> np.ndarray:
+    """RGB pixels of an image, cropped to multiples of `scale`; or ValueError says why not."""
+    try:
+        with Image.open(path) as image:
+            hr = np.array(image.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        raise ValueError(f"unreadable: {error}") from error
+    h, w = hr.shape[0] // scale, hr.shape[1] // scale
+    if min(h, w) < 3:
+        raise ValueError(f"smaller than {3 * scale} pixels")
+    return np.ascontiguousarray(hr[: h * scale, : w * scale])
 
 
 def _decode_all(images: Sequence[Path], scale: int, folder: Path, strict: bool) -> None:
@@ -157,24 +190,17 @@ def _decode_all(images: Sequence[Path], scale: int, folder: Path, strict: bool) 
     with open(folder / "hr.bin", "wb") as hr_file, open(folder / "lr.bin", "wb") as lr_file:
         for path in tqdm(images, desc="decoding", unit="image", disable=None):
             try:
-                with Image.open(path) as image:
-                    hr = np.array(image.convert("RGB"))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                hr = _decode(path, scale)
+            except ValueError as error:
                 if strict:
-                    raise ValueError(f"training image {path} is unreadable: {error}") from error
-                warnings.warn(f"training image {path} is unreadable and left out: {error}")
+                    raise ValueError(f"image {path} cannot be used: {error}") from error
                 skipped.append({"path": str(path), "reason": str(error)})
                 continue
-            h, w = hr.shape[0] // scale, hr.shape[1] // scale
-            if min(h, w) < 3:
-                skipped.append({"path": str(path), "reason": f"smaller than {3 * scale} pixels"})
-                continue
-            hr = np.ascontiguousarray(hr[: h * scale, : w * scale])
             lr = imresize(torch.from_numpy(hr).permute(2, 0, 1), 1 / scale).permute(1, 2, 0).numpy()
             entries.append(
                 {
                     "path": str(path),
-                    "lr_size": [h, w],
+                    "lr_size": list(lr.shape[:2]),
                     "hr_offset": offsets["hr"],
                     "lr_offset": offsets["lr"],
                     "sha256": hashlib.sha256(hr.tobytes()).hexdigest(),
@@ -185,7 +211,8 @@ def _decode_all(images: Sequence[Path], scale: int, folder: Path, strict: bool) 
             offsets["hr"] += hr.size
             offsets["lr"] += lr.size
     if not entries:
-        raise ValueError(f"none of {len(images)} training images could be read")
+        first = "{path}: {reason}".format(**skipped[0])
+        raise ValueError(f"none of {len(images)} images can be used; the first one, {first}")
     index = {"scale": scale, "images": entries, "skipped": skipped}
     (folder / "index.json").write_text(json.dumps(index))
 
@@ -217,6 +244,11 @@ class Patches(Dataset):
                 )
             self._ends[patch] = positions.cumsum()
         return self._ends[patch]
+
+    def too_small(self, patch: int) -> list[str]:
+        """Images from which no patch of that side is drawn."""
+        small = (self._sizes < patch).any(axis=1)
+        return [self.cache.images[i]["path"] for i in np.flatnonzero(small)]
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         step, index, p = key

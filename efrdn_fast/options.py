@@ -183,7 +183,7 @@ class RunOptions:
     compile: bool = False
     """Train through torch.compile."""
     strict: bool = False
-    """An unreadable training image is an error, not skipped."""
+    """An image that is unreadable or too small is an error, not left out with a warning."""
     data_note: str = ""
     """Sources and licences of the images, in words; stored in the checkpoint."""
     tensorboard: bool = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -89,6 +90,10 @@ def _train(
                 f"train: a batch of {batch} cannot be shared equally by {world.size} processes"
             )
     train_images, val_images = split_validation(find_images(data))
+    if not train_images:
+        raise ValueError(
+            f"train: all {len(val_images)} images are kept for validation, none is left"
+        )
     trainer = Trainer(options, run.device, world)
     out = Path(run.out)
     state = out / "state.pt" if resume == "auto" else Path(resume) if resume else None
@@ -101,20 +106,11 @@ def _train(
     if world.is_first:
         for part in out.glob(".*.part"):  # of a run that was killed while it saved
             part.unlink()
-    cache_dir = run.cache_dir or out / "cache"
-    if world.local_rank:  # one process of a machine decodes
-        world.wait()
-    cache = build_cache(train_images, options.scale, cache_dir, strict=run.strict)
-    val_cache = build_cache(val_images, options.scale, cache_dir) if val_images else None
-    if not world.local_rank:
-        world.wait()
-    patches = Patches(cache, options.manual_seed, options.augment)
-    for patch, _ in options.all_sizes():
-        patches.ends(patch)  # raises when no image is large enough
+    patches, val_cache = _open_data(train_images, val_images, options, run, world)
     trainer.run_through(accelerate(trainer.net) if run.fast else trainer.net)
     if run.compile:
         trainer.forward = torch.compile(trainer.forward)
-    session = _Session(trainer, run, cache, val_cache, data)
+    session = _Session(trainer, run, patches.cache, val_cache, data)
     if resumed and state == out / "state.pt":
         session.saved = trainer.step
     try:
@@ -133,6 +129,38 @@ def _train(
     finally:
         session.close()
     return out / "net.safetensors"
+
+
+def _open_data(
+    train_images: Sequence[Path],
+    val_images: Sequence[Path],
+    options: TrainOptions,
+    run: RunOptions,
+    world: World,
+) -> tuple[Patches, ImageCache | None]:
+    """Decoded training and validation images; what is left out of them is said in every run."""
+    decode = functools.partial(
+        build_cache,
+        **{"scale": options.scale, "cache_dir": run.cache_dir or Path(run.out) / "cache"},
+        **{"strict": run.strict, "quiet": world.local_rank > 0},
+    )
+    if world.local_rank:  # one process of a machine decodes
+        world.wait()
+    patches = Patches(decode(train_images), options.manual_seed, options.augment)
+    val_cache = decode(val_images) if val_images else None
+    if not world.local_rank:
+        world.wait()
+    for patch, _ in options.all_sizes():
+        patches.ends(patch)  # raises when no image is large enough
+    smallest = min(patch for patch, _ in options.all_sizes())
+    small = patches.too_small(smallest)
+    if small and not world.local_rank:
+        more = f" and {len(small) - 5} more" if len(small) > 5 else ""
+        warnings.warn(
+            f"{len(small)} of {len(patches.cache)} training images are smaller than a patch of "
+            f"{smallest} LR pixels and never drawn: {', '.join(small[:5])}{more}"
+        )
+    return patches, val_cache
 
 
 @contextlib.contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -50,13 +53,39 @@ def test_cache_is_built_once_and_again_when_an_image_changes(photos, tmp_path):
 def test_unreadable_image_is_named_and_left_out_or_an_error(photos, tmp_path):
     (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n not a picture")
     images = find_images([photos])
-    with pytest.raises(ValueError, match=r"broken\.png is unreadable"):
+    with pytest.raises(ValueError, match=r"broken\.png cannot be used: unreadable"):
         build_cache(images, 4, tmp_path / "cache", strict=True)
     assert list((tmp_path / "cache").iterdir()) == []
-    with pytest.warns(UserWarning, match=r"broken\.png is unreadable and left out"):
-        cache = build_cache(images, 4, tmp_path / "cache")
-    assert len(cache) == 3
-    assert [entry["path"] for entry in cache.skipped] == [str(photos / "broken.png")]
+    for _ in range(2):  # decoded, then found
+        with pytest.warns(UserWarning, match=r"broken\.png is left out: unreadable"):
+            cache = build_cache(images, 4, tmp_path / "cache")
+        assert len(cache) == 3
+        assert [entry["path"] for entry in cache.skipped] == [str(photos / "broken.png")]
+    with pytest.raises(ValueError, match=r"broken\.png cannot be used: unreadable.*remove it"):
+        build_cache(images, 4, tmp_path / "cache", strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_cache(images, 4, tmp_path / "cache", quiet=True)
+
+
+def test_image_below_three_lr_pixels_is_named_and_left_out_or_an_error(photos, tmp_path):
+    Image.new("RGB", (11, 40)).save(photos / "narrow.png")
+    images = find_images([photos])
+    with pytest.raises(ValueError, match=r"narrow\.png cannot be used: smaller than 12 pixels"):
+        build_cache(images, 4, tmp_path / "cache", strict=True)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"narrow\.png is left out: smaller than 12 pixels"):
+            assert len(build_cache(images, 4, tmp_path / "cache")) == 3
+
+
+def test_whatever_a_decoder_raises_leaves_the_image_out(photos, tmp_path, monkeypatch):
+    def damaged(image, mode):
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    monkeypatch.setattr(Image.Image, "convert", damaged)
+    with pytest.raises(ValueError, match=r"none of 3 images.*0\.png: unreadable: unpack requires"):
+        build_cache(find_images([photos]), 4, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_no_images_is_an_error_that_names_the_folder(tmp_path):
@@ -74,6 +103,7 @@ def test_images_smaller_than_a_patch_are_never_drawn(photos, tmp_path):
         assert (lr.shape, hr.shape) == ((3, 16, 16), (3, 64, 64))
     with pytest.raises(ValueError, match="as large as a patch of 17"):
         patches.ends(17)
+    assert patches.too_small(16) == [str(photos / name) for name in ("0.png", "1.png")]
 
 
 def test_patch_pair_is_aligned(photos, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -222,17 +221,6 @@ def test_state_without_the_youngest_options_is_still_read(photos, tmp_path):
     del state["options"]["stages"], state["options"]["freeze_bn_from"]
     torch.save(state, tmp_path / "state.pt")
     train([photos], TrainOptions(**{**TINY, "total_iter": 2}), run_options(tmp_path))
-
-
-def test_unreadable_training_image_is_left_out_or_an_error(photos, tmp_path):
-    folder = tmp_path / "photos"
-    shutil.copytree(photos, folder)
-    (folder / "broken.png").write_bytes(b"not a picture")
-    options = TrainOptions(**{**TINY, "total_iter": 1, "warmup": 0})
-    with pytest.warns(UserWarning, match=r"broken\.png is unreadable and left out"):
-        train([folder], options, run_options(tmp_path / "a"))
-    with pytest.raises(ValueError, match=r"broken\.png is unreadable"):
-        train([folder], options, run_options(tmp_path / "b", strict=True))
 
 
 def test_loss_falls_and_average_follows(photos):

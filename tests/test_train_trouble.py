@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from efrdn_fast.cli import main
@@ -45,7 +47,11 @@ def saved_step(out):
 
 
 def flags(**options):
-    return [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, **options}.items()]
+    """`name=None` is a flag without a value."""
+    return [
+        f"--{name.replace('_', '-')}" + ("" if value is None else f"={value}")
+        for name, value in {**TINY, **options}.items()
+    ]
 
 
 def efrdn_train(photos, out, **options):
@@ -282,3 +288,38 @@ def test_file_that_is_no_state_is_refused_in_words(photos, tmp_path, capsys, con
     torch.save([1, 2], tmp_path / "state.pt")
     assert efrdn_train(photos, tmp_path) == 1
     assert "it holds a list, expected a dictionary" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["3.png", "1b.png"], ids=["training", "validation"])
+def test_image_that_cannot_be_used_is_named_in_every_run_or_an_error(tmp_path, capsys, name):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    write_photos(folder)
+    (folder / name).write_bytes(b"not a picture")
+    rest = {"total_iter": 1, "warmup": 0}
+    assert efrdn_train(folder, tmp_path / "a", **rest, strict=None) == 1
+    assert f"{name} cannot be used: unreadable" in capsys.readouterr().err
+    for _ in range(2):
+        assert efrdn_train(folder, tmp_path / "b", **rest) == 0
+        warning = f"warning: image {folder / name} is left out: unreadable"
+        assert capsys.readouterr().err.count(warning) == 1
+    assert efrdn_train(folder, tmp_path / "b", **rest, strict=None) == 1
+    assert f"{name} cannot be used: unreadable" in capsys.readouterr().err
+
+
+def test_images_that_no_patch_fits_in_are_named(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    Image.new("RGB", (64, 23)).save(tmp_path / "photos" / "flat.png")
+    options = TrainOptions(**{**TINY, "total_iter": 1, "warmup": 0, "stages": "7x2@0.5"})
+    message = r"1 of 2 training images are smaller than a patch of 6 LR pixels.*flat\.png"
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=message):
+            train([tmp_path / "photos"], options, run_options(tmp_path / "out"))
+
+
+def test_images_that_are_all_for_validation_are_an_error(photos, tmp_path):
+    folder = tmp_path / "DIV2K_valid_HR"
+    folder.mkdir()
+    shutil.copy(photos / "0.png", folder / "0801.png")
+    with pytest.raises(ValueError, match="all 1 images are kept for validation"):
+        train([folder], TrainOptions(**TINY), run_options(tmp_path))
