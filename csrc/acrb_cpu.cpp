@@ -25,7 +25,7 @@ void forward(const AcrbArgs& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t stride = row_stride(a.w), ring_row = stride * d;
   float *conv = scratch + 4 * ring_row, *weight = conv + 2 * ring_row;
   memset(scratch, 0, static_cast<size_t>(4 * ring_row) * sizeof(float));
-  pair_weights(a.weight, d, d, weight);
+  const bool paired = pair_weights(a.weight, d, d, weight);
 
   bool is_finite[4];
   const auto ring = [&](int64_t row) { return scratch + (row + 4) % 4 * ring_row; };
@@ -51,9 +51,9 @@ void forward(const AcrbArgs& a, int64_t begin, int64_t end, float* scratch) {
       PairRows rows{{}, stride};
       for (int i = 0; i < 4; ++i) rows.row[i] = ring(row - 1 + i) + kPad;
       float* const out[2] = {conv + kPad, conv + ring_row + kPad};
-      if (is_finite[0] && is_finite[1] && is_finite[2] && is_finite[3])
+      if (paired && is_finite[0] && is_finite[1] && is_finite[2] && is_finite[3])
         conv_pair<kD>(rows, a.w, d, d, weight, a.bias, out, stride);
-      else  // the differences of rows would make NaN of infinity
+      else  // differences of rows or of weights would make NaN of infinity
         for (int i = 0; i < 2; ++i)
           conv_row<kD>({{rows.row[i], rows.row[i + 1], rows.row[i + 2]}, stride}, a.w, d, d, a.weight,
                        a.bias, out[i], stride);

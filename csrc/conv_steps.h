@@ -71,16 +71,19 @@ EFRDN_FAST_INLINE void conv_block(const Rows& rows, int64_t j, int cin, int cout
 //   y1 = m1 - m2 + m3    m3 = (d3 - d1) g2    m2 = (d2 - d1) (g0 - g1 + g2) / 2
 // Four products instead of six, and the sums of rows run beside the multiply-adds.
 
-// From [cin, 3, 3, cout] to the factors [4, cin, 3, cout] above.
-inline void pair_weights(const float* weight, int cin, int cout, float* out) {
+// From [cin, 3, 3, cout] to the factors [4, cin, 3, cout] above; whether all are finite.
+inline bool pair_weights(const float* weight, int cin, int cout, float* out) {
   const int64_t plane = static_cast<int64_t>(cin) * 3 * cout;
+  float zeros = 0.0f;
   for (int c = 0; c < cin; ++c)
     for (int i = 0; i < 3 * cout; ++i, ++out) {
       const float* g = weight + c * 9 * cout + i;
       const float outer = g[0] + g[6 * cout], inner = g[3 * cout];
       out[0] = g[0], out[plane] = 0.5f * (outer + inner);
       out[2 * plane] = 0.5f * (outer - inner), out[3 * plane] = g[6 * cout];
+      zeros += 0.0f * out[plane] + 0.0f * out[2 * plane];  // each has all three weights in it
     }
+  return zeros == 0.0f;
 }
 
 struct PairRows {
