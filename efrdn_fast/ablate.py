@@ -97,7 +97,14 @@ def run_ablations(
     return rows
 
 
-def _psnr(data, options, run, row: Variant, seed: int, cache_dir: str) -> float:
+def _psnr(
+    data: Sequence[str | os.PathLike],
+    options: TrainOptions,
+    run: RunOptions,
+    row: Variant,
+    seed: int,
+    cache_dir: str,
+) -> float:
     out = Path(run.out) / f"{row.key}-{seed}"
     options = dataclasses.replace(
         options, module=row.module, ablation=row.ablation, manual_seed=seed

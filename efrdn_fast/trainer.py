@@ -22,6 +22,7 @@ from . import checkpoint, metrics, reference
 from .blocks import CC, BatchNorm
 from .data import ImageCache
 from .distributed import World, globalize
+from .errors import UsageError
 from .model import EFRDN
 from .options import TrainOptions
 from .warmstart import warm_start
@@ -39,6 +40,9 @@ class Trainer:
         options: What decides the weights.
         device: Device to train on.
         world: This process among those that share every batch.
+
+    Raises:
+        UsageError: fp16 without CUDA.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class Trainer:
     ):
         self.options, self.device, self.world = options, torch.device(device), world or World()
         if options.autocast == "fp16" and self.device.type != "cuda":
-            raise ValueError(
+            raise UsageError(
                 "train: autocast fp16 needs CUDA for its loss scaling; "
                 f"use bf16 or fp32 on {self.device}"
             )

@@ -216,7 +216,7 @@ def test_resume_from_another_folder_leaves_a_checkpoint_in_its_own(photos, tmp_p
     [
         ({"device": "meta"}, 2, "device 'meta' holds no data; use cpu or cuda"),
         ({"device": "nope"}, 2, "device 'nope' cannot be used here: "),
-        ({"autocast": "fp16"}, 1, "fp16 needs CUDA for its loss scaling; use bf16 or fp32"),
+        ({"autocast": "fp16"}, 2, "fp16 needs CUDA for its loss scaling; use bf16 or fp32"),
         ({"init": "nope"}, 1, "checkpoint 'nope' does not exist"),
     ],
 )
