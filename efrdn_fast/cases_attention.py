@@ -80,10 +80,16 @@ class TokenCase:
     layout: str = "channels_last"
     hidden: int | None = None
     mean: bool = True
+    offset: float = 0.0
+    """Added to the map: the mean of a token is then far above its deviation."""
+    peak: float = 0.0
+    """Added to one pixel: the token around it has its mean far from that of the others."""
 
     def __str__(self) -> str:
         n, c, h, w = self.shape
         extra = [f"L{self.hidden}"] * (self.hidden is not None) + ["sum"] * (not self.mean)
+        extra += [f"offset{self.offset:g}"] * bool(self.offset)
+        extra += [f"peak{self.peak:g}"] * bool(self.peak)
         return "-".join([f"N{n}-C{c}-H{h}-W{w}", self.layout, *extra])
 
     def args(
@@ -94,6 +100,8 @@ class TokenCase:
         dim, make = 9 * channels, Weights(weight_dtype(dtype), device, seed + 1)
         inner, hidden = dim // 2, self.hidden or dim // 2
         x = make_input(self.shape, dtype, device, self.layout, seed)
+        x += self.offset
+        x[:, :, height // 2, width // 2] += self.peak
 
         def tokens(size: int, seed: int) -> Tensor:
             return make_input((n, height * width, size), dtype, device, seed=seed)
@@ -141,4 +149,9 @@ TOKENS = (
     *(TokenCase("token_hidden", *each) for each in _MAPS),
     *(TokenCase("token_fold", *each) for each in _MAPS),
     TokenCase("token_fold", (1, 32, 5, 8), mean=False),
+    *(
+        TokenCase(op, (1, 16, 5, 6), **far)
+        for op in ("token_qkv", "token_hidden")
+        for far in ({"offset": 1e3}, {"peak": 1e3})
+    ),
 )

@@ -13,6 +13,7 @@ from ._token_tiles import (
     columns,
     fold_norm,
     load_blocks,
+    merge_tap,
     normed_linear,
     padded_width,
     tap_weights,
@@ -81,8 +82,8 @@ def _token_bwd_stats_kernel(
     a = load_blocks(a_ptr, row, ok, M, A_BLOCKS)
     g = load_blocks(g_ptr, row, ok, L, BLOCKS)
     shift = tl.zeros((P,), tl.float32)
-    sums = tl.zeros((P,), tl.float32)
-    squares = tl.zeros((P,), tl.float32)
+    mean = tl.zeros((P,), tl.float32)
+    m2 = tl.zeros((P,), tl.float32)
     along = tl.zeros((P,), tl.float32)
     across = tl.zeros((P,), tl.float32)
     for i in tl.range(9, disable_licm=True):  # as in normed_linear
@@ -95,13 +96,10 @@ def _token_bwd_stats_kernel(
         for b in tl.static_range(len(BLOCKS)):
             k = columns(BLOCKS, b)
             back = dot(g[b], tap_weights(back_ptr, k, tap, L, C, CP), back, PRECISION)
-        sums += tl.sum(t, axis=1)
-        squares += tl.sum(t * t, axis=1)
+        mean, m2 = merge_tap(mean, m2, t, i, C, CP)
         along += tl.sum(back, axis=1)
         across += tl.sum(back * t, axis=1)
-    mean = sums / (9 * C)
-    variance = squares / (9 * C) - mean * mean
-    rstd = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
+    rstd = 1.0 / tl.sqrt(m2 / (9 * C) + eps)
     across = (across - mean * along) * rstd
     _store_stats(stats_ptr, row, ok, shift + mean, rstd, along, across, 9 * C)
 

@@ -17,11 +17,13 @@ from ._launch import dot, launch
 __all__ = [
     "channel_tiles",
     "columns",
+    "first_row",
     "fold_norm",
     "fold_rows",
     "inside_map",
     "load_blocks",
     "load_pixels",
+    "merge_tap",
     "normed_linear",
     "overlaps",
     "padded_width",
@@ -91,6 +93,13 @@ def token_tile(pid, H, W, P: tl.constexpr):
 
 
 @triton.jit
+def first_row(pid, H, W, P: tl.constexpr):
+    """Row of the first token of program `pid` in a matrix of the tokens of all images."""
+    tiles = tl.cdiv(H * W, P)
+    return (pid // tiles).to(tl.int64) * H * W + pid % tiles * P
+
+
+@triton.jit
 def inside_map(y, x, H, W):
     return (y >= 0) & (y < H) & (x >= 0) & (x < W)
 
@@ -152,6 +161,20 @@ def token_tap(x_ptr, a, proj_ptr, bias_ptr, n, y, x, tap, H, W, stride_n, stride
 
 
 @triton.jit
+def merge_tap(mean, m2, t, i, C: tl.constexpr, CP: tl.constexpr):
+    """Mean and sum of squared differences from it of i taps, merged with those of the tap t (Chan).
+
+    A tap outside the map is as any other: C values of mean 0 and no differences.
+    """
+    tap_mean = tl.sum(t, axis=1) / C
+    apart = tl.where((tl.arange(0, CP) < C)[None, :], t - tap_mean[:, None], 0.0)
+    step = tap_mean - mean
+    part = 1.0 / (i + 1)
+    m2 += tl.sum(apart * apart, axis=1) + step * step * (C * i * part)
+    return mean + step * part, m2
+
+
+@triton.jit
 def normed_linear(x_ptr, a, proj_ptr, bias_ptr, w_ptr, uv_ptr, n, y, x, H, W,
                   stride_n, stride_h, stride_w, eps, C: tl.constexpr, CP: tl.constexpr,
                   M: tl.constexpr, A_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
@@ -159,8 +182,8 @@ def normed_linear(x_ptr, a, proj_ptr, bias_ptr, w_ptr, uv_ptr, n, y, x, H, W,
     """Linear of the normalised tokens without what is constant: W gamma (t - mean) rstd.
 
     One pass: t is shifted by the channel mean of one tap, which is at most 3 standard deviations
-    from the mean of the token. So neither the product nor the variance, of which the square of the
-    shifted mean is taken, cancels more than a digit however large the mean is.
+    from the mean of the token, so the product cancels no more than a digit however large the mean
+    is. The statistics are merged from those of the taps and cancel nothing.
 
     Returns:
         A tile for each of BLOCKS; mean and 1 / deviation of every token.
@@ -169,8 +192,8 @@ def normed_linear(x_ptr, a, proj_ptr, bias_ptr, w_ptr, uv_ptr, n, y, x, H, W,
     P: tl.constexpr = y.shape[0]
     c = tl.arange(0, CP)
     shift = tl.zeros((P,), tl.float32)
-    sums = tl.zeros((P,), tl.float32)
-    squares = tl.zeros((P,), tl.float32)
+    mean = tl.zeros((P,), tl.float32)
+    m2 = tl.zeros((P,), tl.float32)
     acc = zero_blocks(P, BLOCKS)
     # Not hoisted: `a` in two TF32 parts, kept in registers over all taps, spills.
     for i in tl.range(9, disable_licm=True):
@@ -179,17 +202,14 @@ def normed_linear(x_ptr, a, proj_ptr, bias_ptr, w_ptr, uv_ptr, n, y, x, H, W,
                       stride_w, C, CP, M, A_BLOCKS, PRECISION)  # fmt: skip
         shift = tl.where(i == 0, tl.sum(t, axis=1) / C, shift)
         t = tl.where((c < C)[None, :], t - shift[:, None], 0.0)
-        sums += tl.sum(t, axis=1)
-        squares += tl.sum(t * t, axis=1)
+        mean, m2 = merge_tap(mean, m2, t, i, C, CP)
         added = ()
         for b in tl.static_range(len(BLOCKS)):
             column = columns(BLOCKS, b)
             w = tl.load(w_ptr + (tap * CP + c)[:, None] * LP + column[None, :])
             added += (dot(t.to(dtype), w, acc[b], PRECISION),)
         acc = added
-    mean = sums / (9 * C)
-    variance = squares / (9 * C) - mean * mean
-    rstd = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
+    rstd = 1.0 / tl.sqrt(m2 / (9 * C) + eps)
     out = ()
     for b in tl.static_range(len(BLOCKS)):
         u = tl.load(uv_ptr + columns(BLOCKS, b))

@@ -24,6 +24,7 @@ from ._launch import dot, empty_map, launch, map_strides, readable, relu
 from ._token_tiles import (
     channel_tiles,
     columns,
+    first_row,
     fold_norm,
     fold_rows,
     inside_map,
@@ -75,9 +76,11 @@ def _token_hidden_kernel(
     L: tl.constexpr, LP: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
     P: tl.constexpr,
 ):  # fmt: skip
-    n, token, y, x = token_tile(tl.program_id(0), H, W, P)
-    row = n * H * W + token
-    a = load_blocks(a_ptr, row, y < H, M, A_BLOCKS)
+    n, _, y, x = token_tile(tl.program_id(0), H, W, P)
+    # A scalar and offsets from it: 64-bit offsets of all rows, kept over the taps, spill.
+    first = first_row(tl.program_id(0), H, W, P)
+    row = tl.arange(0, P)
+    a = load_blocks(a_ptr + first * M, row, y < H, M, A_BLOCKS)
     normed, _, _ = normed_linear(x_ptr, a, proj_ptr, bias_ptr, w_ptr, uv_ptr, n, y, x, H, W,
                                  stride_n, stride_h, stride_w, eps, C, CP, M, A_BLOCKS, BLOCKS,
                                  LP, PRECISION)  # fmt: skip
@@ -85,7 +88,7 @@ def _token_hidden_kernel(
         column = columns(BLOCKS, b)
         h = relu(normed[b] + tl.load(uv_ptr + LP + column)[None, :])
         mask = (y < H)[:, None] & (column < L)[None, :]
-        out = out_ptr + row[:, None] * L + column[None, :]
+        out = out_ptr + first * L + (row[:, None] * L + column[None, :])
         tl.store(out, h.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -129,9 +132,9 @@ def _config(op: str, x: Tensor, product: str) -> dict[str, Any]:
     # `maxnreg` ptxas spills a few values so that one more block fits; with it, in the two cases
     # that have none, it takes on more than fits.
     stages = 1 if single or op == "token_fold" else 2
-    tokens = 32 if op == "token_hidden" and product == "tf32x3" else 64
-    config = {"P": tokens, "num_warps": 4, "num_stages": stages}
-    free = (op == "token_hidden" and single) or (op == "token_fold" and not single)
+    three = op == "token_hidden" and product == "tf32x3"
+    config = {"P": 32 if three else 64, "num_warps": 4, "num_stages": stages}
+    free = three or (op == "token_fold" and not single)
     config |= {} if free else {"maxnreg": 255}
     return config | ({"NB": width_limit(product)} if op == "token_qkv" else {})
 

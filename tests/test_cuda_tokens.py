@@ -28,7 +28,15 @@ CASES = [
     pytest.param((1, 3, 1, 1), 7, FP32, "channels_last", "sum", id="1x1-C3"),
     pytest.param((1, 3, 1, 5), 7, FP16, "channels_last", "half", id="1x5-C3-fp16-weights"),
 ]
-case = pytest.mark.parametrize(("shape", "width", "dtype", "layout", "options"), CASES)
+FAR_FROM_ZERO = [
+    pytest.param((1, 16, 4, 5), 20, FP32, "channels_last", "offset", id="4x5-C16-offset"),
+    pytest.param((1, 16, 4, 5), 20, FP32, "channels_last", "peak", id="4x5-C16-peak"),
+    pytest.param((1, 16, 4, 5), 20, FP16, "channels_last", "offset", id="4x5-C16-fp16-offset"),
+    pytest.param((1, 16, 4, 5), 20, FP16, "channels_last", "peak", id="4x5-C16-fp16-peak"),
+]
+NAMES = ("shape", "width", "dtype", "layout", "options")
+case = pytest.mark.parametrize(NAMES, CASES)
+norm_case = pytest.mark.parametrize(NAMES, [*CASES, *FAR_FROM_ZERO])
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = FP32) -> Tensor:
@@ -40,6 +48,15 @@ def draw(*shape: int, seed: int, dtype: torch.dtype = FP32) -> Tensor:
 def tokens(shape, width: int, dtype: torch.dtype, seed: int) -> Tensor:
     n, _, h, w = shape
     return draw(n, h * w, width, seed=seed, dtype=dtype)
+
+
+def image(shape, dtype: torch.dtype, layout: str, options: str, mean: float = 3) -> Tensor:
+    """A map with a mean as large as the paper's images have, or far from zero in all or a pixel."""
+    x = testing.make_input(shape, dtype, layout=layout)
+    x += 1e3 if "offset" in options else mean
+    if "peak" in options:
+        x[:, :, shape[2] // 2, shape[3] // 2] += 1e3
+    return x
 
 
 def launch(
@@ -127,12 +144,11 @@ def fold_weights(c: int, width: int, hidden: int, dtype: torch.dtype) -> dict[st
     }
 
 
-@case
+@norm_case
 def test_token_qkv(shape, width, dtype, layout, options):
     n, c, h, w = shape
     weight_dtype = FP16 if "half" in options else FP32
-    x = testing.make_input(shape, dtype, layout=layout)
-    x += 3  # a mean as large as the paper's images have
+    x = image(shape, dtype, layout, options)
     weights = qkv_weights(c, width, 3 * width, weight_dtype)
     out = torch.full((n, h * w, 3 * width), torch.nan, dtype=dtype)
     numbers = {"inner": width, "outer": 3 * width}
@@ -141,11 +157,11 @@ def test_token_qkv(shape, width, dtype, layout, options):
     testing.assert_close_to_reference(out, reference.token_qkv, args, tf32="tf32" in options)
 
 
-@case
+@norm_case
 def test_token_hidden(shape, width, dtype, layout, options):
     n, c, h, w = shape
     weight_dtype = FP16 if "half" in options else FP32
-    x = testing.make_input(shape, dtype, layout=layout)
+    x = image(shape, dtype, layout, options, mean=0)
     a = simt.between_nan(tokens(shape, width, dtype, seed=1))
     hidden = width + 3
     named = hidden_weights(c, width, hidden, weight_dtype)
@@ -188,17 +204,15 @@ BACKWARD_CASES = [
     pytest.param((1, 33, 2, 17), 5, FP32, "channels_last", "", id="2x17-C33"),
     pytest.param((1, 1, 43, 49), 3, FP32, "channels_last", "", id="43x49-C1-chunks"),
 ]
-backward_case = pytest.mark.parametrize(
-    ("shape", "width", "dtype", "layout", "options"), BACKWARD_CASES
-)
+backward_case = pytest.mark.parametrize(NAMES, BACKWARD_CASES)
+norm_backward_case = pytest.mark.parametrize(NAMES, [*BACKWARD_CASES, *FAR_FROM_ZERO])
 
 
-@backward_case
+@norm_backward_case
 def test_token_qkv_backward(shape, width, dtype, layout, options):
     c = shape[1]
     weight_dtype = FP16 if "half" in options else FP32
-    x = testing.make_input(shape, dtype, layout=layout)
-    x += 3
+    x = image(shape, dtype, layout, options)
     outer = 2 * width + 1
     weights = qkv_weights(c, width, outer, weight_dtype)
     grad = tokens(shape, outer, dtype, seed=7)
@@ -207,12 +221,11 @@ def test_token_qkv_backward(shape, width, dtype, layout, options):
     assert_gradients("token_qkv_bwd", arrays, args, options, reference.token_qkv, grad, **numbers)
 
 
-@backward_case
+@norm_backward_case
 def test_token_hidden_backward(shape, width, dtype, layout, options):
     c = shape[1]
     weight_dtype = FP16 if "half" in options else FP32
-    x = testing.make_input(shape, dtype, layout=layout)
-    x += 3
+    x = image(shape, dtype, layout, options)
     hidden = width + 3
     weights = hidden_weights(c, width, hidden, weight_dtype)
     args = {"x": x, "a": tokens(shape, width, dtype, seed=1), **weights}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +29,7 @@ CASES = {op: [c for c in cases_attention.TOKENS if c.op == op] for op in OPS}
 
 def runs(op: str):
     half = [(CASES[op][2], dtype) for dtype in (torch.float16, torch.bfloat16)]
+    half += [(case, torch.float16) for case in CASES[op] if case.offset or case.peak]
     pairs = [(case, torch.float32) for case in CASES[op]] + half
     return pytest.mark.parametrize(("case", "dtype"), pairs, ids=case_id)
 
@@ -70,6 +74,52 @@ def test_token_hidden_backward(target, case, dtype):
 @pytest.mark.usefixtures("poison_empty")
 def test_token_fold_backward(target, case, dtype):
     check_backward(case, dtype, *target)
+
+
+def on_triton(function):
+    """Run on a GPU, and on a CPU in the interpreter; without either the kernels cannot be run."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    alone = pytest.mark.skipif(not interpreted, reason="needs TRITON_INTERPRET=1")
+    devices = [
+        pytest.param("cpu", id="cpu-triton", marks=alone),
+        pytest.param("cuda", id="cuda-triton", marks=pytest.mark.gpu),
+    ]
+    return pytest.mark.parametrize("device", devices)(function)
+
+
+@on_triton
+@pytest.mark.parametrize(
+    ("op", "offset", "peak"),
+    [
+        ("token_qkv", 1e3, 0.0),
+        ("token_qkv", 0.0, 1e3),
+        ("token_qkv", 0.0, -3e4),
+        ("token_hidden", 0.0, 1e3),  # with an offset its tokens are rounded, not their statistics
+        ("token_hidden", 0.0, -3e4),
+    ],
+)
+def test_deviation_of_tokens_cancels_nothing(op, offset, peak, device):
+    """1 / deviation to some units of float32, also around pixels that stand out.
+
+    Sums around the mean of the centre lose a digit there, and nothing is left of E[x^2] - mean^2.
+    """
+    from efrdn_fast.kernels import _token_stats as kernels
+
+    x, *weights, eps, _ = TokenCase(op, (1, 32, 7, 7), offset=offset).args(device=device)
+    x[:, :, ::3, ::3] += peak
+    t = reference.unfold(x.double())
+    if op == "token_qkv":
+        gamma, beta, reduce, _ = weights
+        grad = make_input((*t.shape[:2], len(reduce)), device=device)
+        stats, _ = kernels.linear_stats(x, grad, reduce, gamma, beta, eps, "tf32x3")
+    else:
+        a, *proj, gamma, _, fc1, _ = weights
+        grad = make_input((*t.shape[:2], len(fc1)), device=device)
+        back = (fc1 * gamma).T.contiguous()
+        stats = kernels.token_stats(x, a, grad, proj, back, eps, "tf32x3")
+        t = t + F.linear(a.double(), *(p.double() for p in proj))
+    exact = (t.var(dim=2, unbiased=False) + eps).rsqrt().flatten()
+    torch.testing.assert_close(stats[:, kernels.RSTD.value].double(), exact, rtol=4e-7, atol=0)
 
 
 def small(op: str, dtype: torch.dtype = torch.float32, **options) -> tuple:
@@ -155,6 +205,23 @@ def test_packed_block_takes_more_tokens_than_a_part():
     with torch.inference_mode():
         y = packed(x)
         assert_close_to_reference(y, plain(289), (x, *module.parameters()))
+
+
+@pytest.mark.op("unfold")
+@pytest.mark.parametrize("far", [{"offset": 1e3}, {"peak": 1e3}], ids=str)
+def test_packed_block_far_from_zero(target, far):
+    """What it adds to its input, not the input, gives the bound."""
+    device, backend = target
+    module = block(32).eval().to(device)
+    x, *_ = TokenCase("token_qkv", (1, 32, 9, 8), **far).args(device=device)
+    plan = {"emha": backend, "unfold": backend}
+    packed = PackedTransformer(module, Target(torch.float32, plan))
+
+    def added(x, *weights):
+        return plain(18)(x, *weights) - x
+
+    with torch.inference_mode():
+        assert_close_to_reference(packed(x) - x, added, (x, *module.parameters()))
 
 
 def test_block_options_reach_the_ops():
