@@ -25,7 +25,7 @@ __device__ void load_masked(const TokenNormBackwardParams& p, const Block<L>& bl
     const int64_t at = static_cast<int64_t>(i) * width + k;
     T value = from_float<T>(0.f);
     if (i < block.count && k < width) {
-      if (to_float(__ldg(h + at)) > 0.f) value = __ldg(grad + at);
+      value = from_float<T>(relu_backward(to_float(__ldg(h + at)), to_float(__ldg(grad + at))));
       masked[at] = value;
     }
     rows[i][k] = value;

@@ -149,7 +149,7 @@ def gcrb_train(
     """GCRB with BatchNorm over the statistics of the batch, as in training.
 
     Args:
-        x: `[N, C, H, W]`, N H W > 1.
+        x: `[N, C, H, W]`, N H W > 1; below 32, the kernels of every backend are PyTorch's.
         w1, w2, w3: As in `gcrb`.
         gamma1, beta1, ...: Weight and bias of the three BatchNorms, `[M]`, `[M]`, `[C]`.
         running_mean, running_var: Three tensors `[M]`, `[M]`, `[C]`, updated in place (unbiased
