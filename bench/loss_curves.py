@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.harness import provenance
 from efrdn_fast import accelerate
-from efrdn_fast.commands._options import positive
+from efrdn_fast.commands._options import natural, positive
 from efrdn_fast.data import find_images
 from efrdn_fast.options import TrainOptions
 from efrdn_fast.resize import imresize
@@ -62,7 +62,7 @@ def curve(data: list[tuple[Tensor, Tensor]], seed: int, fast: bool) -> list[floa
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="training images")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=natural, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=positive, default=200)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

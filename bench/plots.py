@@ -28,6 +28,7 @@ __all__ = ["FOLDER", "Picture", "pictures"]
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
 KEY = "efrdn_fast results"  # of the digest in the PNG's text
 BETWEEN = "between blocks"
+CURVE_DB = 1.2  # of the training curve that is shown
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,20 @@ def pictures(results: Path, folder: Path = FOLDER) -> list[Picture]:
     found = []
     for device in sorted(path for path in results.iterdir() if path.is_dir()):
         for name, (needs, paint) in _PICTURES.items():
-            groups = [sorted(device.glob(need)) for need in needs]
+            groups = [sorted(device.glob(need), key=_numbered) for need in needs]
             sources = tuple(source for group in groups for source in group)
-            if all(groups):
+            if all(groups) and (name != "attention" or _over_tokens(_rows(sources[0]))):
                 path = folder / f"bench_{name}_{device.name}.png"
                 more = (device / MEASURED_PSNR,) if name == "peers" else ()
                 also = tuple(each for each in more if each.is_file())
                 panels = 2 if name == "peers" else 1
                 found.append(Picture(path, sources, _for_device(paint, device), also, panels))
     return found
+
+
+def _numbered(path: Path) -> tuple[int, str]:
+    """Order of files whose names end in a number."""
+    return len(path.name), path.name
 
 
 def _rows(source: Path) -> list[dict]:
@@ -155,18 +161,21 @@ def _blocks(axes: Any, rows: list[dict], device: Path) -> None:
     axes.legend(fontsize=7, ncols=2)
 
 
-def _attention(axes: Any, rows: list[dict], device: Path) -> None:
-    """Time over tokens, batch 1: solid four segments, dashed segments of 576."""
+def _over_tokens(rows: list[dict]) -> dict[tuple[str, bool], list[tuple[int, float, str]]]:
+    """(variant, whether segments have 576 tokens) -> (tokens, ms, status), at batch 1."""
     series: dict[tuple[str, bool], list[tuple[int, float, str]]] = {}
     for row in rows:
         case = re.match(r"N1-T(\d+)-L(\d+)-", row["case"])
         tokens, length = (int(case[1]), int(case[2])) if case else (0, 0)
-        if row.get("p50_ms") and length in (576, (tokens + 3) // 4):
+        if row["status"] in ("measured", "modelled") and length in (576, (tokens + 3) // 4):
             point = tokens, row["p50_ms"], row["status"]
             series.setdefault((row["variant"], length == 576), []).append(point)
-    if not series:
-        axes.set_title("attention: no curve, measured by pytest bench/bench_emha.py --full")
-        return
+    return series
+
+
+def _attention(axes: Any, rows: list[dict], device: Path) -> None:
+    """Time over tokens: solid four segments, dashed segments of 576."""
+    series = _over_tokens(rows)
     names = list(dict.fromkeys(name for name, _ in series))
     for fixed, style in ((False, "-"), (True, "--")):
         found = {n: sorted(series[n, fixed]) for n in names if (n, fixed) in series}
@@ -185,14 +194,18 @@ def _attention(axes: Any, rows: list[dict], device: Path) -> None:
 
 def _curve(axes: Any, rows: list[dict], device: Path) -> None:
     """Validation PSNR over the steps of all runs, one after the other."""
-    start = 0
+    start, best = 0, 0.0
     for at, name in enumerate(dict.fromkeys(row["log"] for row in rows), 1):
         run = [row for row in rows if row["log"] == name]
         judged = [(start + row["step"], row["psnr_db"]) for row in run if "psnr_db" in row]
-        axes.plot(*zip(*judged, strict=True), "o-", markersize=4, label=f"run {at}")
+        xs, ys = [x for x, _ in judged], [y for _, y in judged]
+        axes.plot(xs, ys, "o-", markersize=4, label=f"run {at}")
+        best = max([best, *ys])
         start += max(row["step"] for row in run)
     axes.set(title=f"x4, averaged weights, {device.name}", xlabel="steps", ylabel="PSNR (dB)")
-    axes.set_ylim(bottom=max(min(row["psnr_db"] for row in rows if "psnr_db" in row), 25.6))
+    if best:  # an average starts far below, where nothing can be told apart
+        axes.set_ylim(best - CURVE_DB, best + CURVE_DB / 10)
+        axes.set_xlabel(f"steps (the last {CURVE_DB} dB)")
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize=7, loc="lower right")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from efrdn_fast import checkpoint
-from efrdn_fast.commands._options import positive
+from efrdn_fast.commands._options import natural, positive
 from efrdn_fast.options import RunOptions, TrainOptions
 from efrdn_fast.train import train
 
@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--cache-dir", help="folder of decoded images. Default: below --out")
     parser.add_argument("--steps", type=positive, default=STEPS, help="steps of the base")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the base")
+    parser.add_argument("--seeds", type=natural, nargs="+", default=[0, 1], help="of the base")
     args = parser.parse_args()
     device, rows = torch.device("cpu"), []
     folder = provenance.RESULTS / provenance.device_folder(device)

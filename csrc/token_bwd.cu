@@ -11,7 +11,7 @@ namespace {
 
 using namespace token;
 
-// The gradient where h > 0, also to p.masked, as rows in shared memory.
+// The gradient, 0 where h <= 0, so a NaN passes; also to p.masked, as rows in shared memory.
 template <class L>
 __device__ void load_masked(const TokenNormBackwardParams& p, const Block<L>& block,
                             const Rows<typename L::T>& rows) {

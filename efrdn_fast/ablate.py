@@ -86,6 +86,8 @@ def run_ablations(
     """
     if not seeds:
         raise ValueError("ablate: at least one seed is needed")
+    for seed in seeds:  # a bad one is refused before hours of the others
+        dataclasses.replace(options, manual_seed=seed)
     rows = variants(tables)
     cache_dir = run.cache_dir or str(Path(run.out) / "cache")
     done: dict[tuple[str, int], float] = {}

@@ -146,6 +146,8 @@ def unpickle(path: str | os.PathLike, device: str | torch.device = "cpu") -> obj
     """
     try:
         return torch.load(path, map_location=device, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
     except UNPICKLING_ERRORS as error:
         first, name = str(error).strip().partition("\n")[0], type(error).__name__
         if not first or isinstance(error, KeyError):  # whose text is the bare key

@@ -210,6 +210,8 @@ def _decode_all(images: Sequence[Path], scale: int, folder: Path, strict: bool) 
             lr_file.write(lr.tobytes())
             offsets["hr"] += hr.size
             offsets["lr"] += lr.size
+    if not images:
+        raise ValueError("no images to decode")
     if not entries:
         first = "{path}: {reason}".format(**skipped[0])
         raise ValueError(f"none of {len(images)} images can be used; the first one, {first}")

@@ -15,6 +15,7 @@ With EFRDN_FAST_CUDA_GRAPHS=1 a shape that comes again on a GPU is replayed as a
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Sequence
 
@@ -30,7 +31,7 @@ from .blocks import BatchNorm
 from .device import HALF, PRECISIONS, caller_checks, is_out_of_memory, precision
 from .fast_training import train_forward
 from .model import EFRDN, check_input
-from .packing import OPS, Conv, PackedGConv, Target, pack_body, pack_transformer
+from .packing import Conv, PackedGConv, Target, pack_body, pack_transformer, plan_of
 
 __all__ = ["EFRDNFast", "accelerate"]
 
@@ -191,6 +192,7 @@ class EFRDNFast(EFRDN):
 
     def _pack(self, weights: list[Tensor], device: torch.device, compute: torch.dtype) -> _Packed:
         """The packed network for `compute`, made anew where the weights have changed."""
+        _watch_fused_steps()
         backend = dispatch.requested(self.backend)
         key = device, compute, backend
         # Replicas of DataParallel live for one call; inference tensors do not count changes.
@@ -202,7 +204,7 @@ class EFRDNFast(EFRDN):
         if lasting and packed and packed[0] == fingerprint and key in packed[1]:
             return packed[1][key]
         like = torch.empty(0, dtype=compute, device=device)
-        plan = dispatch.plan(OPS, backend, like)
+        plan = plan_of(self, backend, like)
         # Aliases keep the memory, so that no new weight can come to lie at an old address.
         net = _Packed(self, Target(compute, plan), [w.detach() for w in weights])
         if lasting:
@@ -311,7 +313,9 @@ def _count_fused_step(optimizer: torch.optim.Optimizer, *call) -> None:
             torch.autograd.graph.increment_version(changed)
 
 
-register_optimizer_step_post_hook(_count_fused_step)
+@functools.cache
+def _watch_fused_steps() -> None:
+    register_optimizer_step_post_hook(_count_fused_step)
 
 
 def _not_finite(y: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ has no packed form runs as the module it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import attention, blocks, functional, fusion, reparam, tokens
+from . import attention, blocks, dispatch, functional, fusion, reparam, tokens
 from .transformer import TransformerBlock
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Target",
     "pack_body",
     "pack_transformer",
+    "plan_of",
 ]
 
 OPS = ("gcrb", "acrb_out", "merge3x3", "calibrate", "sigmoid_gate", "unfold", *attention.PARTS)
@@ -44,8 +45,8 @@ class Target:
 
     dtype: torch.dtype
     """Of the maps between head and tails."""
-    plan: dict[str, str]
-    """Op -> backend, as the packed parts really call it."""
+    plan: Mapping[str, str]
+    """Op -> backend."""
 
     def weight(self, value: Tensor) -> Tensor:
         """Compute dtype; NHWC memory where it has four dimensions."""
@@ -55,6 +56,19 @@ class Target:
     def folded(self, value: Tensor) -> Tensor:
         """Float32 at least, which the ops of `functional` take with maps of any dtype."""
         return value.detach().to(torch.promote_types(self.dtype, torch.float32))
+
+
+def plan_of(net: nn.Module, backend: str, like: Tensor) -> dict[str, str]:
+    """Op -> backend for a network; merges that the C++ does not take go to the reference."""
+    plan, merges = dispatch.plan(OPS, backend, like), []
+    for module in net.modules():
+        if isinstance(module, blocks.EFFB):
+            merges += [(module.fuse12, True), (module.fuse3, False)]
+        elif isinstance(module, blocks.SelfCalibrated):
+            merges.append((module.merge, True))
+    for conv, joins in merges:
+        plan["merge3x3"] = fusion.merge_backend(plan["merge3x3"], conv.weight, conv.groups, joins)
+    return plan
 
 
 class Conv:
@@ -161,10 +175,9 @@ class PackedCC:
 class Merge:
     """A grouped 3x3 convolution that joins two maps, or reads one."""
 
-    def __init__(self, conv: nn.Conv2d, to: Target, *, joins: bool):
+    def __init__(self, conv: nn.Conv2d, to: Target):
         self.weight, self.groups = to.folded(conv.weight), conv.groups
-        self.backend = fusion.merge_backend(to.plan["merge3x3"], conv.weight, conv.groups, joins)
-        to.plan["merge3x3"] = self.backend
+        self.backend = to.plan["merge3x3"]
 
     def __call__(self, a: Tensor, b: Tensor | None = None, **options) -> Tensor:
         options = {"groups": self.groups, "backend": self.backend, **options}
@@ -178,7 +191,7 @@ class PackedSC:
         attention = block.attention
         self.half = block.split.out_channels // 2
         self.split, self.context = Conv(block.split, to), Conv(block.context, to)
-        self.merge = Merge(block.merge, to, joins=True)
+        self.merge = Merge(block.merge, to)
         self.spatial = None
         if isinstance(attention, blocks.SpatialAttention):
             self.spatial = Conv(attention.conv, to)
@@ -205,8 +218,8 @@ class PackedEFFB:
 
     def __init__(self, block: blocks.EFFB, use: int, to: Target):
         self.gcrb = [PackedGCRB(b, use, to) for b in (block.gcrb1, block.gcrb2, block.gcrb3)]
-        self.fuse12 = Merge(block.fuse12, to, joins=True)
-        self.fuse3 = Merge(block.fuse3, to, joins=False)
+        self.fuse12 = Merge(block.fuse12, to)
+        self.fuse3 = Merge(block.fuse3, to)
         self.scsa, self.scca = PackedSC(block.scsa, to), PackedSC(block.scca, to)
 
     def __call__(self, e: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def _train(
     if run.compile:
         trainer.forward = torch.compile(trainer.forward)
     session = _Session(trainer, run, patches.cache, val_cache, data)
-    if resumed and state == out / "state.pt":
+    if resumed and (out / "state.pt").exists() and state.samefile(out / "state.pt"):
         session.saved = trainer.step
     try:
         if options.fit_tails and not resumed:

@@ -185,6 +185,8 @@ class Trainer:
             differ = [f"{k}: {was[k]!r} then, {now[k]!r} now" for k in now if was[k] != now[k]]
             if not differ:
                 self._load(state)
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
             why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(

@@ -153,6 +153,8 @@ def load(library: str) -> None:
 def rebuild(library: str) -> tuple[Path, float]:
     """Build a library afresh, whatever is built or failed before, and register its ops.
 
+    In a process that has loaded it before, the ops of then go on.
+
     Returns:
         The file, and the seconds the compilers ran.
 

@@ -164,7 +164,7 @@ def token_tap(x_ptr, a, proj_ptr, bias_ptr, n, y, x, tap, H, W, stride_n, stride
 def merge_tap(mean, m2, t, i, C: tl.constexpr, CP: tl.constexpr):
     """Mean and sum of squared differences from it of i taps, merged with those of the tap t (Chan).
 
-    A tap outside the map is as any other: C values of mean 0 and no differences.
+    A tap outside the map counts as any other, with C values.
     """
     tap_mean = tl.sum(t, axis=1) / C
     apart = tl.where((tl.arange(0, CP) < C)[None, :], t - tap_mean[:, None], 0.0)

@@ -12,6 +12,7 @@ import torch
 from efrdn_fast.kernels import _build, _plan, _toolchain
 
 from efrdn_fast import EFRDN, checkpoint, cli, dispatch, env, testing
+from tests import backends
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))  # for `bench`; an installed efrdn_fast still comes first
@@ -145,26 +146,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" not in metafunc.fixturenames:
         return
     op = metafunc.definition.get_closest_marker("op").args[0]
-    interpreted = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
     serving = {
-        "cpu": ("reference", "cpu", *interpreted),
+        "cpu": ("reference", "cpu", *backends.INTERPRETED),
         "cuda": ("reference", "triton", "cuda"),
     }
     targets = [
         pytest.param(
-            (device, impl.backend), id=f"{device}-{impl.backend}", marks=_marks(device, impl)
+            (device, impl.backend),
+            id=f"{device}-{impl.backend}",
+            marks=backends.marks(device, impl),
         )
         for device, names in serving.items()
         for impl in dispatch.implementations(op)
         if impl.backend in names
     ]
     metafunc.parametrize("target", targets)
-
-
-def _marks(device: str, impl: dispatch.Impl) -> list[pytest.MarkDecorator]:
-    if device == "cuda" and not torch.cuda.is_available():
-        return [pytest.mark.gpu]
-    # A build that failed before is no reason to skip.
-    cpp = impl.backend == "cpu"
-    reason = _plan.missing("cpu") if cpp else impl.why_not(torch.device(device))
-    return [pytest.mark.skip(reason=f"backend {impl.backend}: {reason}")] if reason else []

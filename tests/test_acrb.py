@@ -16,6 +16,7 @@ from efrdn_fast.testing import (
     gradients,
     make_input,
 )
+from tests.backends import CPU_BACKENDS
 
 HALF = (torch.float16, torch.bfloat16)
 FORWARD = [(case, torch.float32) for case in cases.ACRB]
@@ -68,7 +69,7 @@ def test_acrb_out_writes_its_channels_and_no_others(target, case, dtype, memory)
     assert torch.equal(out[:, 5 + case.width :], before[:, 5 + case.width :])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_acrb_opcheck(backend):
     args = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in small()]
     torch.library.opcheck(torch.ops.efrdn_fast.acrb.default, (*args, backend))

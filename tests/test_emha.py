@@ -19,6 +19,7 @@ from efrdn_fast.testing import (
     gradients,
     make_input,
 )
+from tests.backends import CPU_BACKENDS
 
 HALF = (torch.float16, torch.bfloat16)
 CASES = [(case, torch.float32) for case in EMHA]
@@ -150,7 +151,7 @@ def test_emha_by_blocks_of_scores_equals_the_flash_kernel(monkeypatch, tokens):
     torch.testing.assert_close(kernels._plain_gradients(*args), kernels._flash_gradients(*args))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_emha_opcheck(backend):
     torch.library.opcheck(emha.default, (small().requires_grad_(), 2, 4, False, backend))
     qkv = small()

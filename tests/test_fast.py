@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from efrdn_fast import EFRDN, EFRDNFast, accelerate, dispatch, fast, reference
+from efrdn_fast import EFRDN, EFRDNFast, accelerate, dispatch, packing, reference
 from efrdn_fast.config import ABLATIONS
 from tests.fast_networks import as_reference, check, disturb, trained
 
@@ -124,7 +124,7 @@ def test_shows_its_plan():
     assert "backend='reference', dtype='fp32', plan=at the first call" in line
     with torch.no_grad():
         net(torch.rand(1, 3, 4, 4))
-    assert f"plan={dict.fromkeys(fast.OPS, 'reference')}" in repr(net)
+    assert f"plan={dict.fromkeys(packing.OPS, 'reference')}" in repr(net)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -1,7 +1,5 @@
 """Merges, gates and sums over patches as `torch.library` ops, and what they refuse."""
 
-import os
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from efrdn_fast import cases_fusion, dispatch, functional, fusion, tokens
 from efrdn_fast.blocks import CC
 from efrdn_fast.testing import case_id, check_backward, check_forward, make_input
+from tests.backends import INTERPRETED
 
 SHAPE = (2, 32, 5, 6)
 CASES = [
@@ -22,7 +21,6 @@ CASES = [
     )
 ]
 BACKENDS = ("reference", "cpu")
-INTERPRETED = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
 ops = torch.ops.efrdn_fast
 
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from efrdn_fast import blocks, cases, functional, reference, reparam
 from efrdn_fast.testing import case_id, check_backward, check_forward, gradients, make_input
+from tests.backends import CPU_BACKENDS
 
 HALF = (torch.float16, torch.bfloat16)
 FORWARD = [(case, torch.float32) for case in cases.GCRB]
@@ -46,7 +47,7 @@ def test_gcrb_chain_forward(target, case, dtype):
     check_forward(case, dtype, *target)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_gcrb_chain_opcheck(backend):
     args = cases.GcrbChainCase((2, 8, 5, 4), layout="sliced").args()
     torch.library.opcheck(torch.ops.efrdn_fast.gcrb_chain.default, (*args, backend))
@@ -133,7 +134,7 @@ def test_gcrb_training_is_deterministic(target):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_gcrb_opcheck(backend):
     args = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in small()]
     torch.library.opcheck(torch.ops.efrdn_fast.gcrb.default, (*args, backend))
@@ -143,7 +144,7 @@ def test_gcrb_opcheck(backend):
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_gcrb_train_opcheck(backend):
     args = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in small("gcrb_train")]
     torch.library.opcheck(torch.ops.efrdn_fast.gcrb_train.default, (*args, backend))

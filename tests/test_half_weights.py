@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from efrdn_fast import EFRDNFast, cases, dispatch, functional, reference
+from efrdn_fast import EFRDNFast, cases, functional, reference
 from efrdn_fast.cases_attention import TokenCase
 from efrdn_fast.cases_fusion import CalibrateCase, Merge3x3Case
 from efrdn_fast.testing import case_id, check_backward, check_forward
+from tests.backends import on_cpu
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -61,10 +62,9 @@ CASES = {
     **{op: TokenCase(op, (1, 16, 4, 5)) for op in ("token_qkv", "token_hidden", "token_fold")},
 }
 ON_CPU = [
-    pytest.param(HalfWeights(case), impl.backend, id=f"{name}-cpu-{impl.backend}")
+    pytest.param(HalfWeights(case), backend, id=f"{name}-cpu-{backend}", marks=marks)
     for name, case in CASES.items()
-    for impl in dispatch.implementations(case.op)
-    if impl.why_not(torch.device("cpu")) is None
+    for backend, marks in on_cpu(case.op)
 ]
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from efrdn_fast import cases, dispatch, testing
+from efrdn_fast import cases, testing
 from efrdn_fast.cases_fusion import CalibrateCase, Merge3x3Case, SigmoidGateCase
+from tests.backends import on_cpu
 
 CASES = {
     "gcrb": cases.GcrbCase((1, 32, 5, 6)),
@@ -20,10 +21,9 @@ CASES = {
     "sigmoid_gate": SigmoidGateCase((1, 32, 5, 6)),
 }
 ON_CPU = [
-    pytest.param(case, impl.backend, id=f"{name}-cpu-{impl.backend}")
+    pytest.param(case, backend, id=f"{name}-cpu-{backend}", marks=marks)
     for name, case in CASES.items()
-    for impl in dispatch.implementations(case.op)
-    if impl.why_not(torch.device("cpu")) is None
+    for backend, marks in on_cpu(case.op)
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ._options import natural
 from .train import add_fields, chosen_options
 
 HELP = "train every variant of the paper's Tables 2-5 under one budget and compare"
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset", choices=sorted(PRESETS), default="paper", help="recipe to start from"
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1], help="runs per variant. Default: 0 1"
+        "--seeds", type=natural, nargs="+", default=[0, 1], help="runs per variant. Default: 0 1"
     )
     parser.add_argument(
         "--tables", nargs="+", choices=("2", "3", "4", "5"), default=["2", "3", "4", "5"]
