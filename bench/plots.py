@@ -167,7 +167,8 @@ def _over_tokens(rows: list[dict]) -> dict[tuple[str, bool], list[tuple[int, flo
     for row in rows:
         case = re.match(r"N1-T(\d+)-L(\d+)-", row["case"])
         tokens, length = (int(case[1]), int(case[2])) if case else (0, 0)
-        if row["status"] in ("measured", "modelled") and length in (576, (tokens + 3) // 4):
+        shown = tokens and row["status"] in ("measured", "modelled")
+        if shown and length in (576, (tokens + 3) // 4):
             point = tokens, row["p50_ms"], row["status"]
             series.setdefault((row["variant"], length == 576), []).append(point)
     return series

@@ -52,7 +52,8 @@ def test_picture_of_attention(tmp_path):
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
     assert lines["cpu, 4 segments"] == [[4096, 2e-3], [9216, 8e-3]]
     assert lines["cpu, 576 tokens"] == [[4096, 1e-3]]
-    assert not plots._over_tokens(rows[2:3])
+    batch = {**rows[0], "case": "N16-T2304-L576-H8-D18"}
+    assert not plots._over_tokens([rows[2], batch])
     pyplot.close(figure)
 
 
