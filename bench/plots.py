@@ -28,6 +28,7 @@ __all__ = ["FOLDER", "Picture", "pictures"]
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
 KEY = "efrdn_fast results"  # of the digest in the PNG's text
 BETWEEN = "between blocks"
+TOO_LARGE = "does not fit"
 CURVE_DB = 1.2  # of the training curve that is shown
 
 
@@ -167,7 +168,7 @@ def _over_tokens(rows: list[dict]) -> dict[tuple[str, bool], list[tuple[int, flo
     for row in rows:
         case = re.match(r"N1-T(\d+)-L(\d+)-", row["case"])
         tokens, length = (int(case[1]), int(case[2])) if case else (0, 0)
-        shown = tokens and row["status"] in ("measured", "modelled")
+        shown = tokens and row["status"] in ("measured", "modelled", TOO_LARGE)
         if shown and length in (576, (tokens + 3) // 4):
             point = tokens, row["p50_ms"], row["status"]
             series.setdefault((row["variant"], length == 576), []).append(point)
@@ -189,7 +190,9 @@ def _attention(axes: Any, rows: list[dict], device: Path) -> None:
                     linestyle=style, label=f"{name}, {'576 tokens' if fixed else '4 segments'}"
                 )
     axes.set(title=f"attention, 8 heads of 18, fp32, {device.name}", ylabel="seconds")
-    axes.set_xlabel("tokens (hollow: modelled)")
+    large = [point for points in series.values() for point in points if point[2] == TOO_LARGE]
+    axes.plot([p[0] for p in large], [p[1] * 1e-3 for p in large], "kx", markersize=10)
+    axes.set_xlabel("tokens (hollow: modelled, cross: does not fit in memory)")
     axes.legend(fontsize=7)
 
 

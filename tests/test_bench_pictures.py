@@ -47,9 +47,13 @@ def test_picture_of_attention(tmp_path):
     }
     rows = [{**row("cpu", **times(m, m, m)), "case": case} for case, m in cases.items()]
     rows.append({**row("cpu", **times(1, 1, 1)), "case": "N1-T4096-L576-H8-D18"})
+    large = {"case": "N1-T518400-L129600-H8-D18", "status": plots.TOO_LARGE}
+    rows.append({**row("eager", **times(9, 9, 9)), **large})
     figure, axes = pyplot.subplots()
     plots._attention(axes, rows, tmp_path / "cpu-x")
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    (cross,) = (line for line in axes.get_lines() if line.get_marker() == "x")
+    assert cross.get_xdata().tolist() == [518400]
     assert lines["cpu, 4 segments"] == [[4096, 2e-3], [9216, 8e-3]]
     assert lines["cpu, 576 tokens"] == [[4096, 1e-3]]
     batch = {**rows[0], "case": "N16-T2304-L576-H8-D18"}
