@@ -29,6 +29,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
 KEY = "efrdn_fast results"  # of the digest in the PNG's text
 BETWEEN = "between blocks"
 TOO_LARGE = "does not fit"
+FIXED = "576 tokens"
 CURVE_DB = 1.2  # of the training curve that is shown
 
 
@@ -162,36 +163,31 @@ def _blocks(axes: Any, rows: list[dict], device: Path) -> None:
     axes.legend(fontsize=7, ncols=2)
 
 
-def _over_tokens(rows: list[dict]) -> dict[tuple[str, bool], list[tuple[int, float, str]]]:
-    """(variant, whether segments have 576 tokens) -> (tokens, ms, status), at batch 1."""
-    series: dict[tuple[str, bool], list[tuple[int, float, str]]] = {}
+def _over_tokens(rows: list[dict]) -> dict[str, list[tuple[int, float, str]]]:
+    """Variant and segments -> (tokens, ms, status), at batch 1."""
+    series: dict[str, list[tuple[int, float, str]]] = {}
     for row in rows:
         case = re.match(r"N1-T(\d+)-L(\d+)-", row["case"])
-        tokens, length = (int(case[1]), int(case[2])) if case else (0, 0)
-        shown = tokens and row["status"] in ("measured", "modelled", TOO_LARGE)
-        if shown and length in (576, (tokens + 3) // 4):
+        if not case or row["status"] not in ("measured", "modelled", TOO_LARGE):
+            continue
+        tokens, length = int(case[1]), int(case[2])
+        segments = {(tokens + 3) // 4: "4 segments", 576: FIXED}.get(length)
+        if segments:
             point = tokens, row["p50_ms"], row["status"]
-            series.setdefault((row["variant"], length == 576), []).append(point)
-    return series
+            series.setdefault(f"{row['variant']}, {segments}", []).append(point)
+    return {name: sorted(points) for name, points in series.items()}
 
 
 def _attention(axes: Any, rows: list[dict], device: Path) -> None:
     """Time over tokens: solid four segments, dashed segments of 576."""
     series = _over_tokens(rows)
-    names = list(dict.fromkeys(name for name, _ in series))
-    for fixed, style in ((False, "-"), (True, "--")):
-        found = {n: sorted(series[n, fixed]) for n in names if (n, fixed) in series}
-        before = len(axes.get_lines())
-        _lines(axes, found, 1e-3)
-        for line in axes.get_lines()[before:]:
-            name = next((n for n in found if n == line.get_label()), None)
-            if name is not None:
-                line.set(
-                    linestyle=style, label=f"{name}, {'576 tokens' if fixed else '4 segments'}"
-                )
-    axes.set(title=f"attention, 8 heads of 18, fp32, {device.name}", ylabel="seconds")
+    _lines(axes, series, 1e-3)
+    for line in axes.get_lines():
+        if str(line.get_label()).endswith(FIXED):
+            line.set_linestyle("--")
     large = [point for points in series.values() for point in points if point[2] == TOO_LARGE]
     axes.plot([p[0] for p in large], [p[1] * 1e-3 for p in large], "kx", markersize=10)
+    axes.set(title=f"attention, 8 heads of 18, fp32, {device.name}", ylabel="seconds")
     axes.set_xlabel("tokens (hollow: modelled, cross: does not fit in memory)")
     axes.legend(fontsize=7)
 

@@ -6,9 +6,18 @@
 namespace efrdn_fast {
 namespace EFRDN_FAST_ISA {
 
+// total [M of a chunk, kLanes] += sum, registers of a block of pixels.
+template <class D, class Chunk>
+EFRDN_FAST_INLINE void add_sums(const D& d, Chunk chunk, const V* sum, float* total) {
+  each_mid(d, chunk, [&](auto m) EFRDN_FAST_LAMBDA {
+    store(total + m * kLanes, add(load(total + m * kLanes), sum[m]));
+  });
+}
+
 // g3 = grad_y where part 3 is open, for one chunk of `count` pixels, into the tile
 // [kLanes, kLanes]. sum_w and sum_b, laid out like w3 and b3, gain its products with the mid
-// channels [M, kLanes] at `block`, and itself.
+// channels [M, kLanes] at `block`, and itself. The pixels are added up by themselves first: one
+// running sum of a strip's thousand would lose a digit.
 template <class D, class T, class Chunk>
 EFRDN_FAST_INLINE void open_gradient(const D& d, Chunk chunk, const float* block, const float* w3,
                                      const float* b3, const T* grad_y, int64_t step, int count,
@@ -18,11 +27,11 @@ EFRDN_FAST_INLINE void open_gradient(const D& d, Chunk chunk, const float* block
   sum_w += chunk * d.m() * kLanes;
   sum_b += chunk * kLanes;
   const V bias = load(b3 + chunk * kLanes);
-  V total = load(sum_b), weight[D::kMids], sum[D::kMids];
+  V total = zero(), weight[D::kMids], sum[D::kMids];
   if constexpr (D::kFixed)
     each_mid(d, chunk, [&](auto m) EFRDN_FAST_LAMBDA {
       weight[m] = load(w + m * kLanes);
-      sum[m] = load(sum_w + m * kLanes);
+      sum[m] = zero();
     });
   for (int p = 0; p < count; ++p) {
     V acc = bias;
@@ -44,9 +53,8 @@ EFRDN_FAST_INLINE void open_gradient(const D& d, Chunk chunk, const float* block
         store(sum_w + m * kLanes, fma(value, g3, load(sum_w + m * kLanes)));
     });
   }
-  store(sum_b, total);
-  if constexpr (D::kFixed)
-    each_mid(d, chunk, [&](auto m) EFRDN_FAST_LAMBDA { store(sum_w + m * kLanes, sum[m]); });
+  store(sum_b, add(load(sum_b), total));
+  if constexpr (D::kFixed) add_sums(d, chunk, sum, sum_w);
 }
 
 // grad_x = grad_y + W1^T g1 for `count` pixels, g1 [M, kLanes] at `block`; sum_w, laid out like w1,
@@ -63,7 +71,7 @@ EFRDN_FAST_INLINE void spread_gradient(const D& d, const float* block, const flo
     if constexpr (D::kFixed)
       each_mid(d, chunk, [&](auto m) EFRDN_FAST_LAMBDA {
         weight[m] = load(w + m * kLanes);
-        sum[m] = load(sum_w + m * kLanes);
+        sum[m] = zero();
       });
     for (int p = 0; p < count; ++p) {
       const V value = load_some(x + p * step_x + chunk * kLanes, rest);
@@ -80,8 +88,7 @@ EFRDN_FAST_INLINE void spread_gradient(const D& d, const float* block, const flo
       });
       store_some(grad_x + p * step + chunk * kLanes, acc, rest);
     }
-    if constexpr (D::kFixed)
-      each_mid(d, chunk, [&](auto m) EFRDN_FAST_LAMBDA { store(sum_w + m * kLanes, sum[m]); });
+    if constexpr (D::kFixed) add_sums(d, chunk, sum, sum_w);
   });
 }
 

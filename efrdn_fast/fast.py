@@ -192,7 +192,6 @@ class EFRDNFast(EFRDN):
 
     def _pack(self, weights: list[Tensor], device: torch.device, compute: torch.dtype) -> _Packed:
         """The packed network for `compute`, made anew where the weights have changed."""
-        _watch_fused_steps()
         backend = dispatch.requested(self.backend)
         key = device, compute, backend
         # Replicas of DataParallel live for one call; inference tensors do not count changes.
@@ -205,6 +204,7 @@ class EFRDNFast(EFRDN):
             return packed[1][key]
         like = torch.empty(0, dtype=compute, device=device)
         plan = plan_of(self, backend, like)
+        _watch_fused_steps()
         # Aliases keep the memory, so that no new weight can come to lie at an old address.
         net = _Packed(self, Target(compute, plan), [w.detach() for w in weights])
         if lasting:

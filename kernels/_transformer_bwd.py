@@ -297,7 +297,7 @@ def token_hidden_backward(
 ) -> tuple[Tensor, ...]:
     """Launcher of `efrdn_fast::token_hidden_backward`; `h` is what the forward gave."""
     x, a = readable(x), a.contiguous()
-    grad = relu_backward(grad, h).to(x.dtype).contiguous()
+    grad = relu_backward(h, grad).to(x.dtype).contiguous()
     proj = proj_weight.to(x.dtype).contiguous(), proj_bias.contiguous()
     grad_x, grad_a, *grads, grad_proj, grad_bias = _normed_backward(
         x, a, grad, proj, fc1_weight, gamma, beta, eps, precision(x, tf32)

@@ -254,6 +254,7 @@ def _gcrb_train_output_kernel(
         z2_row += W * M
 
 
+@_reference.unless_few(_reference.gcrb_train)
 def gcrb_train(
     x: Tensor,
     w1: Tensor,
@@ -269,9 +270,6 @@ def gcrb_train(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launcher of `efrdn_fast::gcrb_train`; arguments are valid."""
-    if _reference.few_values(x):
-        params = w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3
-        return _reference.gcrb_train(x, *params, groups, eps)
     x = readable(x)
     n, c, h, w = x.shape
     mid = w1.shape[0]
@@ -327,6 +325,7 @@ def gcrb_train(
     return y, mean, var
 
 
+@_reference.unless_few(_reference.gcrb_train_backward)
 def gcrb_train_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -346,6 +345,4 @@ def gcrb_train_backward(
 ) -> tuple[Tensor, ...]:
     """Launcher of `efrdn_fast::gcrb_train_backward`: gradients of x and of the nine parameters."""
     params = (w1, gamma1, beta1, w2, gamma2, beta2, w3, gamma3, beta3)
-    if _reference.few_values(x):
-        return _reference.gcrb_train_backward(grad_y, x, *params, mean, var, groups, eps)
     return _gcrb_train_bwd.gcrb_train_backward(grad_y, x, params, mean, var, groups, eps)

@@ -85,26 +85,24 @@ def gcrb_chain_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _op("gcrb_chain_cuda")(*args)
 
 
-def gcrb_train_cpu(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    serve = reference.gcrb_train if reference.few_values(x) else _op("gcrb_train_cpu")
-    return serve(x, *args)
+@reference.unless_few(reference.gcrb_train)
+def gcrb_train_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _op("gcrb_train_cpu")(*args)
 
 
-def gcrb_train_cuda(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    serve = reference.gcrb_train if reference.few_values(x) else _op("gcrb_train_cuda")
-    return serve(x, *args)
+@reference.unless_few(reference.gcrb_train)
+def gcrb_train_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _op("gcrb_train_cuda")(*args)
 
 
-def gcrb_train_backward_cpu(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    few = reference.few_values(x)
-    serve = reference.gcrb_train_backward if few else _op("gcrb_train_backward_cpu")
-    return serve(grad_y, x, *args)
+@reference.unless_few(reference.gcrb_train_backward)
+def gcrb_train_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    return _op("gcrb_train_backward_cpu")(*args)
 
 
-def gcrb_train_backward_cuda(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    few = reference.few_values(x)
-    serve = reference.gcrb_train_backward if few else _op("gcrb_train_backward_cuda")
-    return serve(grad_y, x, *args)
+@reference.unless_few(reference.gcrb_train_backward)
+def gcrb_train_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    return _op("gcrb_train_backward_cuda")(*args)
 
 
 def acrb_cpu(*args: Any) -> Tensor:

@@ -6,6 +6,9 @@ Weights are cast to the dtype of the map; results are NHWC memory like those of 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +22,6 @@ __all__ = [
     "conv3x3",
     "conv3x3_backward",
     "conv_backward",
-    "few_values",
     "gcrb",
     "gcrb_backward",
     "gcrb_chain",
@@ -27,14 +29,15 @@ __all__ = [
     "gcrb_train_backward",
     "nhwc_strides",
     "relu_backward",
+    "unless_few",
 ]
 
 
 FEW_VALUES = 32
 
 
-def few_values(x: Tensor) -> bool:
-    """Whether a batch is so small that every backend of `gcrb_train` calls the one of this module.
+def unless_few(plain: Callable) -> Callable[[Callable], Callable]:
+    """Of a kernel of `gcrb_train` or its backward: batches of few values go to `plain`, of here.
 
     Of two values BatchNorm makes -1 and 1 whatever they are, if mean and variance are those of the
     very values that it normalises, and its gradient cancels. The fused kernels know the statistics
@@ -42,7 +45,16 @@ def few_values(x: Tensor) -> bool:
     deviation: of two values by up to 23 times the tolerance, in gradients by 300 times. In 40 draws
     the result was within it from 24 values on.
     """
-    return x.shape[0] * x.shape[2] * x.shape[3] < FEW_VALUES
+
+    def wrap(kernel: Callable) -> Callable:
+        @functools.wraps(kernel)
+        def serve(first: Tensor, *args):  # x, or the gradient of y, which is of its size
+            few = first.shape[0] * first.shape[2] * first.shape[3] < FEW_VALUES
+            return (plain if few else kernel)(first, *args)
+
+        return serve
+
+    return wrap
 
 
 def nhwc_strides(y: Tensor) -> Tensor:
@@ -72,9 +84,9 @@ def conv_backward(
     return grad_x, grad_weight.contiguous()  # oneDNN gives NHWC memory where the maps have it
 
 
-def relu_backward(grad: Tensor, y: Tensor) -> Tensor:
-    """`grad` in front of a ReLU; `y`: its argument or its result. A NaN passes the gradient."""
-    return torch.ops.aten.threshold_backward(grad, y, 0)
+def relu_backward(gate: Tensor, grad: Tensor) -> Tensor:
+    """`grad` in front of a ReLU; `gate`: its argument or its result. A NaN there passes it."""
+    return torch.ops.aten.threshold_backward(grad, gate, 0)
 
 
 def _channel_sum(grad: Tensor, like: Tensor) -> Tensor:
@@ -91,11 +103,11 @@ def gcrb_backward(grad_y, x, w1, b1, w2, b2, w3, b3, groups):
     mid = v2.shape[0]
     a1 = F.relu(F.conv2d(x, v1, c1, groups=groups))
     a2 = F.relu(F.conv2d(a1, v2, c2, padding=1, groups=mid))
-    g3 = relu_backward(grad_y, F.conv2d(a2, v3, c3, groups=groups))
+    g3 = relu_backward(F.conv2d(a2, v3, c3, groups=groups), grad_y)
     g2, grad_w3 = conv_backward(g3, a2, v3, groups)
-    g2 = relu_backward(g2, a2)
+    g2 = relu_backward(a2, g2)
     g1, grad_w2 = conv_backward(g2, a1, v2, mid, padding=1)
-    g1 = relu_backward(g1, a1)
+    g1 = relu_backward(a1, g1)
     g0, grad_w1 = conv_backward(g1, x, v1, groups)
     return (
         nhwc_strides(grad_y + g0),
@@ -150,11 +162,11 @@ def gcrb_train_backward(
     a2 = F.relu(y2)
     z3 = F.conv2d(a2, v3, groups=groups)
     y3, *stats3 = norm(z3, gamma3, beta3)
-    g3, grad_gamma3, grad_beta3 = norm_backward(relu_backward(grad_y, y3), z3, gamma3, stats3)
+    g3, grad_gamma3, grad_beta3 = norm_backward(relu_backward(y3, grad_y), z3, gamma3, stats3)
     g2, grad_w3 = conv_backward(g3, a2, v3, groups)
-    g2, grad_gamma2, grad_beta2 = norm_backward(relu_backward(g2, a2), z2, gamma2, stats2)
+    g2, grad_gamma2, grad_beta2 = norm_backward(relu_backward(a2, g2), z2, gamma2, stats2)
     g1, grad_w2 = conv_backward(g2, a1, v2, mid, padding=1)
-    g1, grad_gamma1, grad_beta1 = norm_backward(relu_backward(g1, a1), z1, gamma1, stats1)
+    g1, grad_gamma1, grad_beta1 = norm_backward(relu_backward(a1, g1), z1, gamma1, stats1)
     g0, grad_w1 = conv_backward(g1, x, v1, groups)
     grads = (
         *(grad_w1, grad_gamma1, grad_beta1),
@@ -176,7 +188,7 @@ def acrb_out(x, weight, bias, start, out, out_start):
 def acrb_backward(grad_y, x, weight, bias, start):
     v, c = weight.to(x.dtype), bias.to(x.dtype)
     s = x.narrow(1, start, v.shape[0])
-    g = relu_backward(grad_y, F.conv2d(s, v, c, padding=1))
+    g = relu_backward(F.conv2d(s, v, c, padding=1), grad_y)
     grad_s, grad_weight = conv_backward(g, s, v, padding=1)
     grad_x = torch.zeros_like(x, memory_format=torch.channels_last)
     grad_x.narrow(1, start, v.shape[0]).copy_(grad_s).add_(grad_y)

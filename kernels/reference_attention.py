@@ -134,7 +134,7 @@ def token_hidden_backward(
     proj, offset, g, b, fc1, _ = _as(x, *params)
     t = reference.unfold(x) + F.linear(a, proj, offset)
     norm, mean, rstd = torch.native_layer_norm(t, g.shape, g, b, eps)
-    grad = relu_backward(grad, h)
+    grad = relu_backward(h, grad)
     grad_offset1 = grad.sum((0, 1))
     grad, grad_fc1 = _linear_backward(grad, norm, fc1)
     grad, grad_gamma, grad_beta = _norm_backward(grad, t, g, b, mean, rstd)

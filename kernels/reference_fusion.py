@@ -41,7 +41,7 @@ def merge3x3_backward(grad, a, b, gate, weight, relu, groups):
     grad_b, grad_gate = (a.new_empty(0, dtype=torch.float32) for _ in range(2))
     if b is not None:
         grad_y, grad_b = grad_y[:, 0::2], grad_y[:, 1::2]
-        grad_b = relu_backward(grad_b, b) if relu else grad_b
+        grad_b = relu_backward(b, grad_b) if relu else grad_b
         grad_b = nhwc_strides(grad_b)
     if gate is not None:
         open_ = torch.sigmoid(gate)
@@ -70,7 +70,7 @@ def calibrate_backward(grad, x, w1, b1, w2, b2, statistics):
     hidden, gates = _gates(statistics, *weights)
     inner = (grad * x).sum(dim=(2, 3), dtype=statistics.dtype)[:, None] / 2
     grad_out = inner * gates * (1 - gates)  # [N, 2, C]
-    grad_hidden = relu_backward(grad_out @ weights[2].flatten(1), hidden)
+    grad_hidden = relu_backward(hidden, grad_out @ weights[2].flatten(1))
     grad_mean, grad_std = (grad_hidden @ weights[0].flatten(1)).unbind(1)
     mean, std = statistics.unbind(1)
     slope = grad_std / (std * x.shape[2] * x.shape[3])

@@ -107,7 +107,7 @@ def test_forgotten(broken, tmp_path, monkeypatch, what):
     "text",
     [
         "echo 'g++: fatal error: Killed signal terminated program cc1plus'; exit 1",
-        "echo 'Fatal error: error writing to /tmp/a.s: No space left on device'; exit 1",
+        "echo 'Fatal error: error writing to a.s: No space left on device'; exit 1",
         "echo 'cc1plus: out of memory allocating 65536 bytes'; exit 1",
         "echo \"nvcc error   : 'cicc' died due to signal 9 (Kill signal)\"; exit 9",
         "kill -9 $$",

@@ -11,8 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from efrdn_fast import functional
 from tests.op_arguments import OPS
 from tests.test_fast_traced import one_step
-
-INFERENCE_ONLY = ("gcrb_chain", "acrb_out")
+from tests.test_traced_ops import INFERENCE_ONLY, leaves
 
 
 def layout(y: torch.Tensor | None) -> tuple | None:
@@ -59,16 +58,11 @@ def test_fakes_of_ops(op, backend, nhwc):
     arguments = OPS[op]()
     if nhwc:
         arguments = {name: in_nhwc(value) for name, value in arguments.items()}
-    floating = [
-        t for t in tree_leaves({k: v for k, v in arguments.items() if not k.startswith("running")})
-        if isinstance(t, torch.Tensor)
-    ]  # fmt: skip
     with FakesCompared() as compared:
         if op in INFERENCE_ONLY:
             getattr(functional, op)(**arguments, backend=backend)
         else:
-            for t in floating:
-                t.requires_grad_()
+            leaves(arguments)  # which then require gradients
             y = getattr(functional, op)(**arguments, backend=backend)
             y.square().sum().backward()
     forward = {name for name in compared.seen if not name.endswith("_backward")}

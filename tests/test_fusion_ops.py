@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from efrdn_fast import cases_fusion, dispatch, functional, fusion, tokens
+from efrdn_fast import cases_fusion, functional, fusion, tokens
 from efrdn_fast.blocks import CC
 from efrdn_fast.testing import case_id, check_backward, check_forward, make_input
-from tests.backends import INTERPRETED
+from tests.backends import INTERPRETED, on_cpu
 
 SHAPE = (2, 32, 5, 6)
 CASES = [
@@ -52,10 +52,9 @@ OPS = (
 
 
 SERVED = [
-    (op, impl.backend)
+    pytest.param(op, backend, marks=marks, id=f"{op}-{backend}")
     for op in OPS
-    for impl in dispatch.implementations(op)
-    if impl.backend in BACKENDS + INTERPRETED
+    for backend, marks in on_cpu(op)
 ]
 
 
